@@ -16,7 +16,6 @@ from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
 from moec.errors import VerificationError
 from moec.ir.graph import Module, Program, Value
-from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (
     DECODE,
@@ -32,6 +31,7 @@ from moec.runtime.package import (
     StoredExperts,
     stored,
 )
+from moec.sources.memory.memory import InMemory
 from moec.target.base import Target
 
 __all__ = ["build"]

@@ -16,7 +16,7 @@ from moec import pipeline
 from moec.capture.decomposition.kernels import LEFT_OUT, WRITTEN_OUT
 from moec.codegen.loops.emit import EMIT
 from moec.commands.list import first_line, formats, opt_in_passes, passes
-from moec.ops import OPS
+from moec.ir.ops import OPS
 from moec.options import compile_options
 
 FOLDER = Path(__file__).parent
@@ -50,9 +50,9 @@ def _ops() -> Iterator[str]:
     yield (
         "A graph holds operators of ATen, with the names and arguments of PyTorch's schemas, and "
         "the ops of moec below. Each has a type rule and a meaning in eager PyTorch "
-        "(`moec/ops/`), so that a graph runs at any stage."
+        "(`moec/ir/ops/`), so that a graph runs at any stage."
     )
-    yield fenced(sys.modules["moec.ops"].__doc__ or "")
+    yield fenced(sys.modules["moec.ir.ops"].__doc__ or "")
     for prefix, names in groupby(sorted(OPS, key=_order), key=family):
         yield f"## `{prefix}.*`: {FAMILIES[prefix]}"
         for name in names:

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core import runner
 from moec.passes.core.rewrite import Builder, rewrite

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.stats import stored_bytes
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.keep_used import KeepUsed

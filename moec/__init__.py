@@ -22,16 +22,16 @@ from moec.spelling import did_you_mean
 if TYPE_CHECKING:
     from moec.api import compile
     from moec.capture.behaviour.describe import describe
-    from moec.comparison.compare import compare
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
-    from moec.evaluation.evaluate import evaluate
-    from moec.exploration.explore import explore
+    from moec.inspect.comparison.compare import compare
+    from moec.inspect.exploration.explore import explore
     from moec.model.compiled import CompiledModel
     from moec.model.load import LoadedModel, load
-    from moec.optimisation.optimize import optimize
+    from moec.model.transformation.transform import transform
+    from moec.optimise.evaluation.evaluate import evaluate
+    from moec.optimise.optimisation.optimize import optimize
     from moec.parallel.build import compile_ranks
-    from moec.transformation.transform import transform
 
 __all__ = [
     "CompiledModel",
@@ -54,17 +54,17 @@ _WHERE = {
     "CompiledModel": "moec.model.compiled",
     "LoadedModel": "moec.model.load",
     "MoecError": "moec.errors",
-    "compare": "moec.comparison.compare",
+    "compare": "moec.inspect.comparison.compare",
     "compile": "moec.api",
     "compile_ranks": "moec.parallel.build",
     "describe": "moec.capture.behaviour.describe",
-    "evaluate": "moec.evaluation.evaluate",
-    "explore": "moec.exploration.explore",
+    "evaluate": "moec.optimise.evaluation.evaluate",
+    "explore": "moec.inspect.exploration.explore",
     "load": "moec.model.load",
-    "optimize": "moec.optimisation.optimize",
+    "optimize": "moec.optimise.optimisation.optimize",
     "prepare": "moec.dynamo",
     "stats": "moec.dynamo",
-    "transform": "moec.transformation.transform",
+    "transform": "moec.model.transformation.transform",
 }
 _COMPILES = {"compile", "compile_ranks", "describe", "optimize", "prepare", "transform"}
 """The names whose modules import TVM's compiler."""

@@ -33,8 +33,8 @@ from moec.spelling import did_you_mean
 COMMANDS = {
     "compile": ("moec.commands.compile", "Compile a model into an artifact."),
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
-    "chat": ("moec.commands.chatting.chat", "Chat with an artifact in the terminal."),
-    "serve": ("moec.commands.serving.serve", "Serve an artifact over HTTP, as OpenAI does."),
+    "chat": ("moec.serving.chat.chat", "Chat with an artifact in the terminal."),
+    "serve": ("moec.serving.serve", "Serve an artifact over HTTP, as OpenAI does."),
     "export": ("moec.commands.export", "Write a model as an ONNX or a GGUF file."),
     "convert": ("moec.commands.convert", "Quantise a checkpoint for other runtimes."),
     "optimize": (

@@ -25,9 +25,9 @@ from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import local_model
 from moec.capture.source import Source
 from moec.errors import UsageError
-from moec.formats.notation import Quantisation, parse_parts, with_float_rows
-from moec.interpret.threads import threads_for
+from moec.ir.formats.notation import Quantisation, parse_parts, with_float_rows
 from moec.ir.graph import stage_of
+from moec.ir.interpret.threads import threads_for
 from moec.model.bind_inputs import bound
 from moec.model.build import (
     build_for_gpu,

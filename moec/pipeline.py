@@ -26,7 +26,7 @@ from torch.nn import Module
 from moec.capture.doors import open_source
 from moec.capture.source import Source
 from moec.errors import UsageError
-from moec.formats.notation import Format, Quantisation
+from moec.ir.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.average_experts import AverageExperts

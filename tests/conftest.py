@@ -40,7 +40,7 @@ import torch
 from hypothesis import settings
 
 import moec
-from moec.memory import ranges
+from moec.sources.memory import ranges
 from tests.fresh import Warm
 from tests.once import Once, folders_in
 

@@ -231,8 +231,8 @@ def test_wheel_holds_every_module(tmp_path):
     assert expected - packed == set()
     assert {
         "moec/py.typed",
-        "moec/commands/serving/page.html",
-        "moec/exploration/page.html",
+        "moec/serving/page.html",
+        "moec/inspect/exploration/page.html",
     } <= packed
     assert not {name.split("/")[0] for name in packed} & {*LINKED, "tests", "examples"}
     # What pip makes of the source distribution is the same wheel.

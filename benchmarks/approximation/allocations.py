@@ -26,12 +26,12 @@ from benchmarks.approximation.curves import CHECKPOINT, HELD_OUT, windows
 from benchmarks.models.upcycle import EXPERTS
 from benchmarks.models.upcycle import stored as upcycled
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.evaluation.estimate import Estimate
 from moec.ir.graph import Op
-from moec.optimisation.optimize import search
-from moec.optimisation.pareto import in_one_format
-from moec.optimisation.search import ChoiceSearch
-from moec.optimisation.solve import SolvedChoice
+from moec.optimise.evaluation.estimate import Estimate
+from moec.optimise.optimisation.optimize import search
+from moec.optimise.optimisation.pareto import in_one_format
+from moec.optimise.optimisation.search import ChoiceSearch
+from moec.optimise.optimisation.solve import SolvedChoice
 from moec.passes.approximate.choices.model_choices import ProductChoice
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from moec.optimisation.optimize import FORMATS, search
-from moec.optimisation.pareto import in_one_format
-from moec.optimisation.search import ChoiceSearch
-from moec.optimisation.sensitivity import damage_of
-from moec.optimisation.solve import SolvedChoice
+from moec.optimise.optimisation.optimize import FORMATS, search
+from moec.optimise.optimisation.pareto import in_one_format
+from moec.optimise.optimisation.search import ChoiceSearch
+from moec.optimise.optimisation.sensitivity import damage_of
+from moec.optimise.optimisation.solve import SolvedChoice
 
 
 def main() -> None:

@@ -43,8 +43,8 @@ from torch import Tensor  # noqa: E402
 import moec  # noqa: E402
 from benchmarks.models.smollm2 import FILE, load  # noqa: E402
 from moec.dtypes import FLOATS  # noqa: E402
-from moec.interpret.graph_module import GraphModule  # noqa: E402
 from moec.ir.graph import Program  # noqa: E402
+from moec.ir.interpret.graph_module import GraphModule  # noqa: E402
 from moec.passes.approximate.feedforward import feedforwards  # noqa: E402
 from moec.passes.approximate.refactor_dense import RefactorDense  # noqa: E402
 from moec.passes.calibration.data import load_calibration  # noqa: E402

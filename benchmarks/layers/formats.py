@@ -17,7 +17,7 @@ import statistics
 import time
 
 from benchmarks.layers.layer import OLMOE, THREADS, Block, block  # first: it sets the threads
-from moec.formats.notation import parse
+from moec.ir.formats.notation import parse
 from moec.model.compiled import CompiledModel
 from moec.passes.quantise.fixed_formats import FixedFormats
 from moec.passes.quantise.mixed_experts import ExpertFormats

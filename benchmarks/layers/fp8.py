@@ -31,7 +31,7 @@ from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.target.cpu import CpuTarget, parse, processor, require
 
 EXPERTS, TOP_K, MODEL, HIDDEN = 64, 8, 2048, 1024

@@ -10,8 +10,8 @@ out with --quant, because QMoE has none. All contenders run in one process, in t
 with the same weights and inputs, so that other load on the machine affects all of them. The script
 prints medians in milliseconds, the best other median divided by moec's, and moec's share of the
 machine's limit: the measured arithmetic peak or bandwidth, whichever binds
-(moec/profile/limits.py). The bandwidth is the median of the measurements in the same rounds. --onnx
-adds ONNX Runtime in float32, the only dtype that its MoE has a kernel for.
+(moec/report/profile/limits.py). The bandwidth is the median of the measurements in the same
+rounds. --onnx adds ONNX Runtime in float32, the only dtype that its MoE has a kernel for.
 
 With --quant, moec's experts in few bits are compared with its own in bfloat16, and with ONNX
 Runtime's QMoE with the same codes (QMoE is given the router's logits; at its accuracy_level 4, it
@@ -46,8 +46,8 @@ from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
 import moec  # noqa: E402
 from benchmarks.layers.strays import strays  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
-from moec.formats import notation  # noqa: E402
-from moec.profile.limits import peak, reading, timed, warm  # noqa: E402
+from moec.ir.formats import notation  # noqa: E402
+from moec.report.profile.limits import peak, reading, timed, warm  # noqa: E402
 from moec.target.cpu import host, processor  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

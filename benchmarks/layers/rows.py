@@ -27,8 +27,8 @@ from torch import Tensor
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import dequantise, quantise, round_rows
-from moec.formats.notation import Format, parse
+from moec.ir.formats.integer import dequantise, quantise, round_rows
+from moec.ir.formats.notation import Format, parse
 from moec.target.cpu import host, processor
 
 N, K = 1024, 2048

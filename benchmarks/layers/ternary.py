@@ -41,9 +41,9 @@ from moec.codegen.cpu.gemm.pack import pack  # noqa: E402
 from moec.codegen.cpu.quantised.layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.quantised.round_rows import round_rows  # noqa: E402
 from moec.codegen.specs.products import CompressedSpec, LinearSpec  # noqa: E402
-from moec.formats.compressed import compress, decompress, nbytes  # noqa: E402
-from moec.formats.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
-from moec.formats.ternary_code import ZEROS, dictionary  # noqa: E402
+from moec.ir.formats.compressed import compress, decompress, nbytes  # noqa: E402
+from moec.ir.formats.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
+from moec.ir.formats.ternary_code import ZEROS, dictionary  # noqa: E402
 from moec.target.cpu import CpuTarget, processor  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"

@@ -33,7 +33,7 @@ import moec.dynamo  # noqa: E402
 from benchmarks.layers.layer import DTYPES, OLMOE, TOLERANCES, block, way  # noqa: E402
 from benchmarks.layers.strays import strays  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
-from moec.profile.limits import timed, warm  # noqa: E402
+from moec.report.profile.limits import timed, warm  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 
 MOEC = "moec"

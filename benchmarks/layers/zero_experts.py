@@ -35,7 +35,7 @@ from torch.nn import functional as F  # noqa: E402
 import moec  # noqa: E402
 from benchmarks.layers.strays import strays  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
-from moec.profile.limits import bandwidth, peak, timed  # noqa: E402
+from moec.report.profile.limits import bandwidth, peak, timed  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)

@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 import moec
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.checkpoint.gguf.model import configuration
-from moec.checkpoint.gguf.weights import map_gguf
-from moec.checkpoint.load import load_model
-from moec.checkpoint.table import GGUF
 from moec.files.gguf import read_header
-from moec.memory.memory import InMemory
+from moec.sources.checkpoint.gguf.model import configuration
+from moec.sources.checkpoint.gguf.weights import map_gguf
+from moec.sources.checkpoint.load import load_model
+from moec.sources.checkpoint.table import GGUF
+from moec.sources.memory.memory import InMemory
 from moec.target.cpu import processor
 
 TEXTS, TOKENS = 20, 64

@@ -17,8 +17,8 @@ import click
 import torch
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
-from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.files.gguf import read_header
+from moec.sources.checkpoint.gguf.tokenizer import tokenizer_files
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49155,

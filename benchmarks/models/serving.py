@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.bench.clients import ServerLoad, measure
-from moec.bench.served import Served, served
+from moec.inspect.bench.clients import ServerLoad, measure
+from moec.inspect.bench.served import Served, served
 from moec.target.cpu import processor
 
 PROMPT, NEW = 256, 64

@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from moec.formats.integer import quantise
-from moec.formats.notation import Format
+from moec.ir.formats.integer import quantise
+from moec.ir.formats.notation import Format
 
 
 def qmoe(layer: Any, format: Format, threads: int) -> Callable[[Tensor], Tensor]:

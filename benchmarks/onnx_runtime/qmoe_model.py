@@ -31,7 +31,7 @@ import torch  # isort: skip
 
 import moec
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.profile.limits import timed, warm
+from moec.report.profile.limits import timed, warm
 from moec.target.cpu import processor
 
 TEXTS = 8

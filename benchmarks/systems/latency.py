@@ -35,7 +35,7 @@ from torch import nn  # noqa: E402
 import moec  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from benchmarks.systems.sparse import sparse  # noqa: E402
-from moec.profile.limits import timed, warm  # noqa: E402
+from moec.report.profile.limits import timed, warm  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "systems"

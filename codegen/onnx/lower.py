@@ -14,7 +14,7 @@ from moec.codegen.onnx.writer import Node, NodeWriter
 from moec.codegen.unsupported import fixed, line
 from moec.errors import NoMatch, UnsupportedError
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.experts.dispatch import SORTS
+from moec.ir.ops.experts.dispatch import SORTS
 
 FILLED_BY = (
     *(attention, experts, lookup, matrix, norm, pointwise),

@@ -16,8 +16,8 @@ from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.ops.dense.attention import Attention
 from moec.ir.sizes.dims import Dim
-from moec.ops.dense.attention import Attention
 
 
 def attention_inputs(op: Op) -> Attention:

@@ -14,8 +14,8 @@ from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.ops.experts.dispatch import SORTS
 from moec.ir.sizes.dims import Dim, product
-from moec.ops.experts.dispatch import SORTS
 
 
 def _sort(low: Lowering, op: Op) -> list[relax.Expr]:

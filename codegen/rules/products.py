@@ -13,7 +13,7 @@ from moec.codegen.specs.products import LinearSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.experts.grouped import Grouped
+from moec.ir.ops.experts.grouped import Grouped
 
 S = TypeVar("S", bound=LinearSpec)
 

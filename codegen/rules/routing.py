@@ -11,7 +11,7 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ir.graph import DType, Op, Value
 from moec.ir.opdef import inputs_of
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 
 
 def route_spec(op: Op) -> RouteSpec:

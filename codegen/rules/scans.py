@@ -10,7 +10,7 @@ from moec.codegen.backend import Rule, require
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.attention import LinearAttentionSpec
 from moec.ir.graph import Graph, Op
-from moec.ops.dense.linear_attention import LinearAttention
+from moec.ir.ops.dense.linear_attention import LinearAttention
 
 
 def _spec(op: Op) -> LinearAttentionSpec:

@@ -10,7 +10,7 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.routing import ZeroSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op
-from moec.ops.experts.zero_experts import ZeroExperts
+from moec.ir.ops.experts.zero_experts import ZeroExperts
 
 
 def _check(op: Op, graph: Graph) -> None:

@@ -86,7 +86,7 @@ class AppendSpec:
 class LinearAttentionSpec:
     """The fixed sizes (G, H, Dk, Dv) of one nn.linear_attention, and which inputs it has.
 
-    `per` is the granularity of the decay, as in `moec.ops.dense.linear_attention`.
+    `per` is the granularity of the decay, as in `moec.ir.ops.dense.linear_attention`.
     """
 
     shared: int

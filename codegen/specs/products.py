@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 
 INT8 = Format("int8")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.formats.ternary import decode, encode
+from moec.ir.formats.ternary import decode, encode
 
 ZEROS = 0.885  # the share of zeros that the dictionary assumes
 LENGTH = 10  # of the small texts

@@ -48,7 +48,7 @@ from moec.capture.ways import (
     speculated_form,
 )
 from moec.errors import CaptureError
-from moec.interpret.graph_module import GraphModule
+from moec.ir.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.oracle.agree import agree
 from moec.oracle.cases import shapes

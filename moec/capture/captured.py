@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from moec.errors import CaptureError, IRError
-from moec.interpret.call_signature import CallSignature
-from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
+from moec.ir.interpret.call_signature import CallSignature
+from moec.ir.interpret.outputs import Structure
 from moec.ir.sizes.dims import bind_shape
 from moec.ir.sizes.thresholds import allows
 from moec.oracle.cases import Eager

@@ -30,9 +30,9 @@ from moec.capture.language_models import checkpoint_source, gguf_source
 from moec.capture.source import Source, described_error, example_of, module_source, traceable
 from moec.errors import CaptureError, UsageError
 from moec.files.adapter import read_adapter
-from moec.memory.budget import allowed_bytes
 from moec.model_path import kind_of_model
 from moec.runtime.process.byte_sizes import MOST_MEMORY
+from moec.sources.memory.budget import allowed_bytes
 
 # Checks a .pt2 file before torch reads it: it may hold tensors and a graph, but no code.
 #
@@ -289,7 +289,7 @@ def _onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"{path}: reading ONNX needs {package}: pip install 'moec[onnx]'")
-    from moec.onnx_source import open_onnx
+    from moec.sources.onnx import open_onnx
 
     model = open_onnx(path)
     inputs = kwargs | dict(zip(model.inputs, args, strict=False)) or dict(model.inputs)

@@ -15,17 +15,6 @@ import torch
 from moec.capture.auto_class import auto_class
 from moec.capture.hub import hub_off, own_config
 from moec.capture.source import Source, described_error, module_source
-from moec.checkpoint.adapters.merge import merge_adapters
-from moec.checkpoint.arrange import arrange
-from moec.checkpoint.coverage import check_loading
-from moec.checkpoint.gguf.model import configuration
-from moec.checkpoint.gguf.rotary import divide_frequencies, frequency_factors
-from moec.checkpoint.gguf.tokenizer import tokenizer_files
-from moec.checkpoint.gguf.weights import dtype_of, map_gguf
-from moec.checkpoint.load import check_config, load_model
-from moec.checkpoint.table import GGUF, format_of, quantization_of
-from moec.checkpoint.tensors import map_folder
-from moec.checkpoint.weight import CheckpointWeight, in_few_bits
 from moec.errors import CaptureError, MoecError, UsageError
 from moec.files import hub_files
 from moec.files.adapter import AdapterConfig
@@ -33,8 +22,19 @@ from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
 from moec.files.regular_file import read_regular
 from moec.ir.sizes.dims import Bounds
-from moec.memory.memory import InMemory
 from moec.runtime.text.prompt import FOLDER, template_notes
+from moec.sources.checkpoint.adapters.merge import merge_adapters
+from moec.sources.checkpoint.arrange import arrange
+from moec.sources.checkpoint.coverage import check_loading
+from moec.sources.checkpoint.gguf.model import configuration
+from moec.sources.checkpoint.gguf.rotary import divide_frequencies, frequency_factors
+from moec.sources.checkpoint.gguf.tokenizer import tokenizer_files
+from moec.sources.checkpoint.gguf.weights import dtype_of, map_gguf
+from moec.sources.checkpoint.load import check_config, load_model
+from moec.sources.checkpoint.table import GGUF, format_of, quantization_of
+from moec.sources.checkpoint.tensors import map_folder
+from moec.sources.checkpoint.weight import CheckpointWeight, in_few_bits
+from moec.sources.memory.memory import InMemory
 
 
 def checkpoint_source(

@@ -14,7 +14,7 @@ from moec.capture.calls.constants import constant_numbers, noted
 from moec.capture.sizes.axis_groups import Axis
 from moec.capture.sizes.wishes import Axes, default_wishes, wished_axes, wished_bounds
 from moec.errors import CaptureError
-from moec.interpret.call_signature import CallSignature, bound_arguments, leaves_of
+from moec.ir.interpret.call_signature import CallSignature, bound_arguments, leaves_of
 from moec.ir.sizes.dims import Bounds
 
 

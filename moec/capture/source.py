@@ -11,11 +11,11 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.capture.behaviour.recorded import ModelExample
-from moec.checkpoint.arrange import ArrangedCodes
 from moec.errors import UsageError
-from moec.interpret.graph_module import GraphModule
+from moec.ir.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
-from moec.memory.memory import InMemory
+from moec.sources.checkpoint.arrange import ArrangedCodes
+from moec.sources.memory.memory import InMemory
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from moec.capture.speculate import (
     refuse_random,
     speculate,
 )
-from moec.interpret.outputs import Structure
+from moec.ir.interpret.outputs import Structure
 
 Example = tuple[torch.Tensor, ...]
 """The tensors of a call on which a form is proved, beside those at whose lengths it is exported."""

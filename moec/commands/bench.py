@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec import model_path
-from moec.bench.names import PACKAGES, check_names, files_of
 from moec.commands.execution.bench_serve import ServeOptions, print_served, serve_options
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import (
@@ -29,6 +28,7 @@ from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.hub_files import short_name
+from moec.inspect.bench.names import PACKAGES, check_names, files_of
 from moec.report.opened import is_artifact
 from moec.target.cpu import processor
 
@@ -138,7 +138,7 @@ def command(
             progress.phase,
         )
     if plot:
-        from moec.bench.result import plot as draw
+        from moec.inspect.bench.result import plot as draw
 
         draw(report, plot)
     if append:
@@ -190,12 +190,12 @@ def _bench(
 ) -> Any:
     import torch
 
-    from moec.bench import contenders, of_files
-    from moec.bench.race import Load, race
-    from moec.bench.result import MeasuredLimits, result
+    from moec.inspect.bench import contenders, of_files
+    from moec.inspect.bench.race import Load, race
+    from moec.inspect.bench.result import MeasuredLimits, result
     from moec.ir.text import parse
-    from moec.profile import limits
-    from moec.profile.cost import cost
+    from moec.report.profile import limits
+    from moec.report.profile.cost import cost
     from moec.runtime.package import DECODE
 
     torch.set_num_threads(threads)

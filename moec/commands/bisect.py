@@ -57,7 +57,7 @@ def command(
     arguments = api_arguments(**options)
     model = local_model(model, revision, quiet or as_json)
     with compiling(quiet or as_json) as (compile_model, progress):
-        from moec.interpret.run_in_float32 import MEANING
+        from moec.ir.interpret.run_in_float32 import MEANING
         from moec.model.bind_inputs import bound
         from moec.pipeline import choose, exact
         from moec.verify.bisect import bisect, drawn_cases

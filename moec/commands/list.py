@@ -200,7 +200,7 @@ def models() -> list[dict[str, Any]]:
 
 def formats() -> list[dict[str, Any]]:
     """One row for each format of checkpoints, in the order in which they are recognised."""
-    from moec.checkpoint.table import FORMATS
+    from moec.sources.checkpoint.table import FORMATS
 
     return [
         {

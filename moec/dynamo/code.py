@@ -24,14 +24,14 @@ from moec.dynamo.graph.regions import Region
 from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.canonical import without_origins
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
-from moec.memory.memory import InMemory
 from moec.passes.core.runner import PassResult, run
 from moec.pipeline import TRAIN, after_recognition
 from moec.runtime.package import MAIN, BuiltLibrary, Package
+from moec.sources.memory.memory import InMemory
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from moec.capture.export.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
 from moec.dynamo.record import RECORDER
 from moec.dynamo.training.gradients import Products, differentiable
-from moec.interpret.evaluate import run_graph
 from moec.ir.aten import TORCH_DTYPES
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.sizes.dims import symbols
 from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs

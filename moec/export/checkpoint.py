@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moec.checkpoint.conversion import Conversion
-from moec.checkpoint.folders.packed_integers import pack_last
-from moec.checkpoint.tensors import DTYPES
-from moec.checkpoint.weight import CheckpointWeight
 from moec.errors import CaptureError, UsageError
 from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import check_folder
 from moec.files.safetensors_shards import LARGEST, NewTensor, TensorGroup, write_shards
 from moec.files.whole_folder import check_room, whole_folder
-from moec.formats.integer import quantise
-from moec.formats.notation import Format, Quantisation, parse_parts
+from moec.ir.formats.integer import quantise
+from moec.ir.formats.notation import Format, Quantisation, parse_parts
+from moec.sources.checkpoint.conversion import Conversion
+from moec.sources.checkpoint.folders.packed_integers import pack_last
+from moec.sources.checkpoint.tensors import DTYPES
+from moec.sources.checkpoint.weight import CheckpointWeight
 
 COPIED = (
     *TOKENIZER_FILES,

@@ -19,9 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.checkpoint.conversion import Group
-from moec.checkpoint.gguf.architectures import ARCHITECTURES, INTEGERS, REALS
-from moec.checkpoint.gguf.model import configuration, model_name
 from moec.errors import CaptureError
 from moec.export.gguf_tokenizer import tokenizer_fields
 from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
@@ -30,6 +27,9 @@ from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
 from moec.files.regular_file import read_regular
 from moec.files.whole_file import whole_file
 from moec.files.whole_folder import check_room
+from moec.sources.checkpoint.conversion import Group
+from moec.sources.checkpoint.gguf.architectures import ARCHITECTURES, INTEGERS, REALS
+from moec.sources.checkpoint.gguf.model import configuration, model_name
 
 WRITTEN = {
     ARCHITECTURES[name].model_type: name

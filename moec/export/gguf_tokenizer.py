@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.errors import CaptureError
 from moec.runtime.text.prompt import FOLDER, load_tokenizer
+from moec.sources.checkpoint.gguf.tokenizer import tokenizer_files
 
 _SPECIAL = {
     "bos_token": "bos_token_id",

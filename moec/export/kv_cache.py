@@ -19,9 +19,9 @@ import torch
 from moec.capture import Captured
 from moec.errors import NoMatch, UnsupportedError
 from moec.export.transformed import Transformed
-from moec.interpret.evaluate import evaluate
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.core.runner import PassResult
 from moec.passes.decode import continues_text, logits_of, with_past_inputs
 

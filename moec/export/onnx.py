@@ -21,10 +21,10 @@ from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.export import kv_cache
 from moec.export.transformed import Transformed
-from moec.formats.notation import WIDE_ROWS, parse_parts
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.notation import WIDE_ROWS, parse_parts
 from moec.ir.graph import Program, Stage
-from moec.ops.experts.dispatch import SORTS
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.ops.experts.dispatch import SORTS
 from moec.oracle.tolerance import computed_dtypes
 from moec.passes.core.runner import run
 from moec.pipeline import quantising

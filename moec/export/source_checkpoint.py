@@ -10,14 +10,14 @@ from typing import Any
 
 from moec.capture.auto_class import auto_class
 from moec.capture.hub import hub_off, own_config
-from moec.checkpoint.conversion import Conversion, conversion_of
-from moec.checkpoint.coverage import check_experts
-from moec.checkpoint.load import check_config, empty_model
-from moec.checkpoint.table import format_of, quantization_of
-from moec.checkpoint.tensors import map_folder
-from moec.checkpoint.weight import CheckpointWeight
 from moec.files.checkpoint import CONFIG
 from moec.files.regular_file import read_regular
+from moec.sources.checkpoint.conversion import Conversion, conversion_of
+from moec.sources.checkpoint.coverage import check_experts
+from moec.sources.checkpoint.load import check_config, empty_model
+from moec.sources.checkpoint.table import format_of, quantization_of
+from moec.sources.checkpoint.tensors import map_folder
+from moec.sources.checkpoint.weight import CheckpointWeight
 
 
 @dataclass(frozen=True)

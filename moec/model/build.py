@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moec.arguments import LAYERS, WHOLE
 from moec.capture.language_models import stop_tokens
 from moec.errors import UnsupportedError, UsageError, VerificationError
-from moec.interpret.threads import threads_for
 from moec.ir.graph import Module
-from moec.memory.lock_step import one_by_one
+from moec.ir.interpret.threads import threads_for
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined
@@ -21,6 +20,7 @@ from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, MAIN, ROUTE, ROUTED
+from moec.sources.memory.lock_step import one_by_one
 from moec.target.base import Target
 from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget

@@ -28,7 +28,7 @@ from moec.target.named import missing_features
 
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
-    from moec.profile.profile import ModelProfile
+    from moec.report.profile.profile import ModelProfile
     from moec.report.report import Report
     from moec.runtime.artifact.artifact import Sample
     from moec.runtime.call.executor import Executor
@@ -131,7 +131,7 @@ class CompiledModel(TextModel, Compilation):
         Raises UsageError where there are no inputs and the model does not continue text, or where
         it is for GPUs.
         """
-        from moec.profile.run import profile_model
+        from moec.report.profile.run import profile_model
 
         return profile_model(
             self.source.name,

@@ -73,7 +73,7 @@ class LoadedModel(TextModel):
     def profile(self, prompt: str | None = None, inputs: Any = None, **options: Any) -> Any:
         """See `CompiledModel.profile`. Needs torch and the compiler."""
         from moec.model.stored import stored_graph
-        from moec.profile.run import profile_model
+        from moec.report.profile.run import profile_model
 
         return profile_model(
             self.path.name,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moec.errors import ArtifactError, IRError
-from moec.interpret.verifier import verify
 from moec.ir.graph import Graph, Stage
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import parse
 from moec.runtime.artifact.artifact import graph_part
 

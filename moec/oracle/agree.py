@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from moec.errors import IRError
-from moec.interpret.evaluate import evaluate_anywhere
-from moec.interpret.outputs import VaryingOutput
-from moec.interpret.resized import with_sizes
-from moec.interpret.run_in_float32 import MEANING, eager_in_float32, in_float32
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate_anywhere
+from moec.ir.interpret.outputs import VaryingOutput
+from moec.ir.interpret.resized import with_sizes
+from moec.ir.interpret.run_in_float32 import MEANING, eager_in_float32, in_float32
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, symbols
 from moec.oracle.cases import Eager, Inputs, cases
 from moec.oracle.draws import Draw, Role, role_of

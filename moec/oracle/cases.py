@@ -7,8 +7,8 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
+from moec.ir.interpret.outputs import VaryingOutput
 from moec.oracle.draws import DRAWS, INFINITE, Draw, Role, is_factor, role_of, values_of
 
 Inputs: TypeAlias = Sequence[torch.Tensor]

@@ -8,7 +8,7 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.ir.graph import Graph
-from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.oracle.rounding import FLOAT32_UNIT, parts_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}

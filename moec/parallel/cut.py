@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import sympy
 
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.ops.experts.dispatch import SORTS
 from moec.ir.sizes.dims import parse_dim, symbols
-from moec.ops.experts.dispatch import SORTS
 from moec.runtime.package import MAIN
 
 _SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default", "moec.size")

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from moec.errors import MoecError, TargetError, UsageError
-from moec.interpret.ranks import Groups
 from moec.ir.graph import Op
+from moec.ir.interpret.ranks import Groups
 from moec.ir.opdef import Reference, Runner
-from moec.ops.parallel.dist import meanings
+from moec.ir.ops.parallel.dist import meanings
 from moec.runtime.device.device import CUDA, Cpu, Device, device_of
 
 LATE = "another rank did not respond in time"

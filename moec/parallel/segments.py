@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moec.interpret.evaluate import run_op
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.interpret.evaluate import run_op
 from moec.ir.opdef import Reference
 from moec.ir.sizes.dims import bind_shape
 from moec.parallel.cut import cut

@@ -26,8 +26,8 @@ import msgspec
 from moec.errors import ArtifactError, IRError
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular
-from moec.interpret.verifier import verify
 from moec.ir.graph import Stage
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import parse
 from moec.parallel.segments import RankCode
 from moec.plan.plan import Plan

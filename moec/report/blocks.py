@@ -7,12 +7,12 @@ from typing import cast
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.index_uses import REQUIRE
 from moec.ir.opdef import integer
+from moec.ir.ops.experts.dispatch import chooses_all
+from moec.ir.ops.experts.soft_mixture import slots_of
+from moec.ir.ops.experts.zero_experts import KINDS
+from moec.ir.ops.routing.hierarchy import groups_of
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.sizes.dims import product
-from moec.ops.experts.dispatch import chooses_all
-from moec.ops.experts.soft_mixture import slots_of
-from moec.ops.experts.zero_experts import KINDS
-from moec.ops.routing.hierarchy import groups_of
-from moec.ops.routing.routing import Routing
 from moec.report.data import WHOLE, Block
 
 _ROUTERS = ("moe.route", "moe.gate")

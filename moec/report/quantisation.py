@@ -11,9 +11,9 @@ from itertools import takewhile
 import torch
 
 from moec.errors import UnsupportedError
-from moec.formats.integer import dequantise
+from moec.ir.formats.integer import dequantise
 from moec.ir.graph import Attr, Op, Program, Value
-from moec.ops.experts.quantised_linear import QUANTISED_OPS, StoredMatrix, matrices_of
+from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, StoredMatrix, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import RoundingStats
 from moec.passes.core.runner import Kind, Log, PassResult

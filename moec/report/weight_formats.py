@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moec.ir.graph import Graph
-from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.quantise.quantise_linears import LINEARS, heads
 
 Formats = dict[str, dict[str, str]]

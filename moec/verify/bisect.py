@@ -14,8 +14,8 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import InputError
-from moec.interpret.run_in_float32 import MEANING, in_float32
 from moec.ir.graph import Program, stage_of
+from moec.ir.interpret.run_in_float32 import MEANING, in_float32
 from moec.oracle.agree import with_states
 from moec.oracle.cases import cases
 from moec.oracle.draws import Draw

@@ -13,13 +13,13 @@ from moec.errors import CaptureError
 from moec.ir.graph import Graph
 from moec.ir.sizes.dims import Bounds, Dim, bind_shape, evaluate_dim, symbols
 from moec.ir.sizes.thresholds import allows, nearest_allowed
-from moec.memory.budget import MOST_RESULTS
-from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import at_sizes
 from moec.oracle.cases import Case, drawn_and_run, other_roles, shapes
 from moec.oracle.draws import DRAWS, Draw
 from moec.oracle.tolerance import rounds_to_16_bits
 from moec.runtime.checks import show_bytes
+from moec.sources.memory.budget import MOST_RESULTS
+from moec.sources.memory.lock_step import Together, one_by_one
 from moec.verify.turns import turns
 
 Reference = tuple[Case, tuple[torch.Tensor, ...]]

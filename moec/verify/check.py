@@ -12,15 +12,15 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import VerificationError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
-from moec.memory.lock_step import Together, one_by_one
+from moec.ir.interpret.evaluate import evaluate
 from moec.oracle.agree import with_states
 from moec.oracle.cases import Case, shapes
 from moec.oracle.rounding import NOISE_SEEDS
 from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
 from moec.report.quantisation import before_quantisation, moved_lines
+from moec.sources.memory.lock_step import Together, one_by_one
 from moec.verify.cases import Reference, references
 from moec.verify.codes import check_codes
 from moec.verify.comparison import Comparison, Criterion
@@ -66,7 +66,7 @@ class Checked:
     computes in 16 bits; `strays` is the number of the `rows` with a greater error than `tolerance`,
     and `eager_strays` that of eager and of samples of its rounding, the yardstick there
     (`moec.oracle.rounding`); `ties` is the number of rows that differ from eager's only in the
-    choice among equal values (see `moec.interpret.stable_topk`). `notes` has a
+    choice among equal values (see `moec.ir.interpret.stable_topk`). `notes` has a
     sentence for each case in which the module fails, and one where the module itself gives NaN.
     `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
     the quantised graph. With `layers`, all cases were evaluated together, layer by layer. `cases`

@@ -1,6 +1,6 @@
 """Whether weights of few bits are their weights: each within half a step of its code.
 
-By `moec.formats.integer` a code is the nearest one, with the scale and the zero of its group. So a
+By `ir.formats.integer` a code is the nearest one, with the scale and the zero of its group. So a
 weight is off by at most half of the distance of neighbouring values, and where it is beyond the
 last of them by no more than the rounding of the scale explains.
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moec.errors import VerificationError
-from moec.formats.integer import dequantise
-from moec.formats.notation import Format
-from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.ir.formats.integer import dequantise
+from moec.ir.formats.notation import Format
+from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.runner import PassResult
 from moec.report.quantisation import before_quantisation, stored_parts
 

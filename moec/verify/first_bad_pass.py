@@ -9,8 +9,8 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import IRError
-from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import all_in_float32, eager_in_float32
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.run_in_float32 import all_in_float32, eager_in_float32
 from moec.oracle.agree import error_of, with_states
 from moec.oracle.rounding import meaning_excess
 from moec.oracle.tolerance import rounds_to_16_bits

@@ -17,15 +17,15 @@ from functools import cached_property
 
 import torch
 
-from moec.interpret.evaluate import run_op
-from moec.interpret.run_in_float32 import InFloat32, wide
-from moec.interpret.stable_topk import CHOOSING, FirstOfEquals
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import DType, Graph, Op, Program, Value
+from moec.ir.interpret.evaluate import run_op
+from moec.ir.interpret.run_in_float32 import InFloat32, wide
+from moec.ir.interpret.stable_topk import CHOOSING, FirstOfEquals
 from moec.ir.opdef import inputs_of
+from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS
 from moec.ir.sizes.dims import bind_shape, evaluate_dim
 from moec.ir.upcast import widen
-from moec.ops.experts.quantised_linear import QUANTISED_OPS
 from moec.verify.bounds import ROUNDING, SIGMAS, Bound
 from moec.verify.recording import KernelRecord
 

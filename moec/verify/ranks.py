@@ -14,12 +14,12 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import VerificationError
-from moec.interpret.evaluate import evaluate_anywhere
-from moec.interpret.ranks import evaluate_ranks
-from moec.interpret.run_in_float32 import MEANING, all_in_float32, wide, widened
-from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Module, Program
+from moec.ir.interpret.evaluate import evaluate_anywhere
+from moec.ir.interpret.ranks import evaluate_ranks
+from moec.ir.interpret.run_in_float32 import MEANING, all_in_float32, wide, widened
+from moec.ir.interpret.stable_topk import FirstOfEquals
 from moec.ir.sizes.thresholds import allows
 from moec.oracle.agree import at_sizes, error_of, with_states
 from moec.oracle.cases import Case, Eager, drawn_and_run, shapes

@@ -11,16 +11,16 @@ from typing import TypeAlias
 import torch
 
 from moec.capture import Captured
-from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import InFloat32, all_in_float32, eager_in_float32, in_float32
-from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
-from moec.memory.lock_step import Together, one_by_one
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.run_in_float32 import InFloat32, all_in_float32, eager_in_float32, in_float32
+from moec.ir.interpret.stable_topk import FirstOfEquals
 from moec.oracle.agree import with_states
 from moec.oracle.cases import Eager
 from moec.oracle.rounding import FLOAT32_NOISE, rows_beyond
 from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import PassResult
+from moec.sources.memory.lock_step import Together, one_by_one
 from moec.verify.cases import Reference
 from moec.verify.comparison import Comparison, SampleErrors
 

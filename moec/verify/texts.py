@@ -16,9 +16,9 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import InputError
-from moec.interpret.run_in_float32 import in_float32, wide
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program, State
+from moec.ir.interpret.run_in_float32 import in_float32, wide
 from moec.oracle.rounding import FLOAT32_NOISE, rows_beyond
 from moec.runtime.call.caches import Cache
 from moec.runtime.dtypes import Array

@@ -20,7 +20,7 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Op, Program, Stage, Value
-from moec.ops.routing.routing import widened
+from moec.ir.ops.routing.routing import widened
 from moec.passes.core.moe_layer import Layer, Splice, constant, layer_of, name_of, replace_experts
 from moec.passes.core.options import Model, option, validate
 from moec.passes.core.router_columns import logits_linear, with_weights

@@ -20,7 +20,7 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, TensorType, Value
-from moec.ops.routing.routing import widened
+from moec.ir.ops.routing.routing import widened
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.inline import inline_body

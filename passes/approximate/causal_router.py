@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Value
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.sizes.dims import product, show_dim
 from moec.ir.text import parse
 

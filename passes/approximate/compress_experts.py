@@ -27,10 +27,10 @@ import torch
 
 from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
-from moec.formats import ternary
-from moec.formats.compressed import KIND, MOST_WIDTH, PARTS, compress, nbytes
-from moec.interpret.evaluate import run_graph
+from moec.ir.formats import ternary
+from moec.ir.formats.compressed import KIND, MOST_WIDTH, PARTS, compress, nbytes
 from moec.ir.graph import DType, Graph, Op, Program, TensorType, Value
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.upcast import widen
 from moec.passes.calibration.coordinate_descent import ROUNDS, descend
 from moec.passes.calibration.evaluator import LayerStats

@@ -29,11 +29,11 @@ from typing import ClassVar, cast
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
+from moec.ir.interpret.evaluate import run_graph
+from moec.ir.ops.routing.routing import widened
 from moec.ir.sizes.dims import symbols
 from moec.ir.upcast import widen
-from moec.ops.routing.routing import widened
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant

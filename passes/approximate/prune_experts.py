@@ -23,7 +23,7 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import Program, Value
-from moec.ops.routing.routing import Routing, route_logits
+from moec.ir.ops.routing.routing import Routing, route_logits
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Approximate, Change
 from moec.passes.core.moe_layer import MOVES, Layer, constant, expert_outputs

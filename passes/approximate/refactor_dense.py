@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 
 from moec.errors import NoMatch, UsageError
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.sizes.dims import product
 from moec.ir.upcast import widen
 from moec.passes.approximate.causal_router import HEADS, causal_router, distill

@@ -8,7 +8,7 @@ from typing import Any
 
 import numba
 
-from moec.formats.jit import compiled, compiled_parallel
+from moec.ir.formats.jit import compiled, compiled_parallel
 
 SWEEPS = 4
 """The most sweeps over a row's weights per round; then the row's numbers are fitted again."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.formats import ternary
+from moec.ir.formats import ternary
 
 ROUNDS = 20
 

@@ -15,8 +15,8 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.errors import UsageError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Value
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.upcast import widen
 from moec.oracle.table_ids import table_rows
 from moec.passes.calibration.data import Calibration, Inputs

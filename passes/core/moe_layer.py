@@ -22,12 +22,12 @@ from typing import cast
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import run_graph, run_op
 from moec.ir.aten import IR_DTYPES
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.ir.interpret.evaluate import run_graph, run_op
+from moec.ir.ops.routing.routing import Routing, widened
 from moec.ir.sizes.dims import symbols
 from moec.ir.upcast import widen
-from moec.ops.routing.routing import Routing, widened
 from moec.passes.core.rewrite import Builder, drop_dead
 
 MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")

@@ -16,8 +16,8 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, State, TensorType, Value
+from moec.ir.ops import OPS
 from moec.ir.sizes.dims import Dim, symbols
-from moec.ops import OPS
 from moec.passes.core.runner import Log
 
 _NUMBER = re.compile(r"(_\d+)+$")

@@ -10,9 +10,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from moec.errors import IRError
-from moec.interpret.verifier import verify
 from moec.ir.graph import Program, Stage
-from moec.memory.memory import InMemory
+from moec.ir.interpret.verifier import verify
+from moec.sources.memory.memory import InMemory
 
 if TYPE_CHECKING:
     from moec.passes.core.choice_line import ChoiceLine

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.errors import NoMatch
-from moec.interpret.verifier import verify
 from moec.ir.graph import Graph, Program, Stage, Value
+from moec.ir.interpret.verifier import verify
 from moec.oracle.table_ids import table_rows
 from moec.passes.decode.kv_cache import FIRST, ROOM, with_caches
 from moec.passes.decode.kv_inputs import with_past

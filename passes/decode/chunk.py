@@ -13,7 +13,7 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.dense.attention import Attention
+from moec.ir.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder
 from moec.passes.decode.emit import OpEmitter
 from moec.passes.decode.positions import (

@@ -16,8 +16,8 @@ from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Ref, State, TensorType, Value
+from moec.ir.ops.dense.attention import Attention
 from moec.ir.sizes.dims import Bounds, canonical, symbol
-from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
 from moec.passes.decode.emit import OpEmitter

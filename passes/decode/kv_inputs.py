@@ -17,8 +17,8 @@ from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Graph, Op, Ref, TensorType, Value
+from moec.ir.ops.dense.attention import SWAP, Attention
 from moec.ir.sizes.dims import Bounds, Dim, canonical, symbol
-from moec.ops.dense.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
 from moec.passes.decode.emit import OpEmitter

@@ -22,9 +22,9 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.ops.dense.attention import Attention
+from moec.ir.ops.experts.dispatch import SORTS
 from moec.ir.sizes.dims import Bounds, canonical, symbol
-from moec.ops.dense.attention import Attention
-from moec.ops.experts.dispatch import SORTS
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.emit import OpEmitter
 from moec.passes.decode.positions import ResizedTokens

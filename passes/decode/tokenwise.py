@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from moec.errors import NoMatch
 from moec.ir import traits
 from moec.ir.graph import Op, Value
+from moec.ir.ops import OPS
 from moec.ir.sizes.dims import symbols
 from moec.ir.traits import PRODUCTS
-from moec.ops import OPS
 
 _SPREADS = frozenset(
     f"aten.{name}.default"

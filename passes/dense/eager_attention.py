@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Ref, TensorType, Value
-from moec.ops.dense.attention import Attention
+from moec.ir.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder
 
 _SOFTMAX = (

@@ -25,8 +25,8 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
+from moec.ir.ops.dense.attention import Attention, attends
 from moec.ir.sizes.dims import Bounds, symbols
-from moec.ops.dense.attention import Attention, attends
 from moec.passes.core.rewrite import Builder, rewrite, sizes_in
 from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.eager_attention import HIDDEN

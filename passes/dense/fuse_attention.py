@@ -27,8 +27,8 @@ from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.ir.aten import IR_DTYPES, TORCH_DTYPES
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
+from moec.ir.ops.dense.attention import Attention
 from moec.ir.sizes.dims import Dim
-from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.eager_attention import constant, eager_attention

@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import run_op
 from moec.ir import aten
 from moec.ir.graph import Graph, Op, Ref, Value
+from moec.ir.interpret.evaluate import run_op
 from moec.ir.sizes.dims import Dim, evaluate_dim
 
 Positions = tuple[torch.Tensor, ...]

@@ -21,9 +21,9 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.ops.experts.dispatch import chooses_all
 from moec.ir.sizes.dims import Dim, canonical, symbol, symbols
 from moec.ir.traits import CASTS, IDENTITIES, VIEWS, is_elementwise, is_pointwise
-from moec.ops.experts.dispatch import chooses_all
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

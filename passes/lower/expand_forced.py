@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.ops.routing.hierarchy import groups_of
 from moec.ir.sizes.dims import Dim
-from moec.ops.routing.hierarchy import groups_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.lower.expand_soft_mixtures import softmax

@@ -21,7 +21,7 @@ from typing import ClassVar
 from moec.dtypes import HALVES
 from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.opdef import inputs_of
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

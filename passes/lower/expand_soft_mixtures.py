@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
 from moec.ir.opdef import integer
+from moec.ir.ops.experts.soft_mixture import slots_of
 from moec.ir.sizes.dims import Dim, product
-from moec.ops.experts.soft_mixture import slots_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.lower.expand_experts import expand_experts

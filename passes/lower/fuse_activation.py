@@ -19,9 +19,9 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Stage, TensorType, Value
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.ir.sizes.dims import symbol
 from moec.ir.traits import is_pointwise
-from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir.graph import Attr, DType, Op, Program, Stage, Value
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Op, Program, Stage, Value
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -19,8 +19,8 @@ from typing import ClassVar
 from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, Stage, Value
 from moec.ir.opdef import integer
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.ir.sizes.dims import canonical
-from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Op, Program, Stage, Value
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.sizes.dims import product
-from moec.ops.routing.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

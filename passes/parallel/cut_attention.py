@@ -27,8 +27,8 @@ import torch
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Op, Program, State, TensorType, Value
 from moec.ir.opdef import OPS
+from moec.ir.ops.dense.attention import Attention
 from moec.ir.sizes.dims import Bounds, Dim, symbol
-from moec.ops.dense.attention import Attention
 from moec.passes.core.moe_layer import constant
 from moec.passes.core.rewrite import Builder, drop_dead
 from moec.passes.core.runner import Log

@@ -18,8 +18,8 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Value
+from moec.ir.ops.dense.attention import Attention
 from moec.ir.sizes.dims import Dim
-from moec.ops.dense.attention import Attention
 from moec.passes.core.moe_layer import constant
 
 _LINEAR = "aten.linear.default"

@@ -21,11 +21,11 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
-from moec.interpret.evaluate import run_graph
-from moec.interpret.stable_topk import FirstOfEquals
-from moec.interpret.threads import threads_for
 from moec.ir.canonical import canonical_text
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.interpret.evaluate import run_graph
+from moec.ir.interpret.stable_topk import FirstOfEquals
+from moec.ir.interpret.threads import threads_for
 from moec.ir.sizes.dims import Bounds, symbols
 from moec.ir.sizes.thresholds import nearest_allowed
 from moec.ir.upcast import widen

@@ -11,12 +11,12 @@ import torch
 
 from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
-from moec.formats.integer import MOST_SUMMED, Quantised, quantise
-from moec.formats.notation import Format
+from moec.ir.formats.integer import MOST_SUMMED, Quantised, quantise
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
-from moec.memory.memory import InMemory
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Kind, Log, Pass
+from moec.sources.memory.memory import InMemory
 
 WIDE = VECTOR_DTYPES
 Experts: TypeAlias = "tuple[int, ...]"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.passes.core.rewrite import Builder
 from moec.passes.core.runner import Log

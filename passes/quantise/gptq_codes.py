@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.formats.integer import Quantised, dequantise, encode, quantise, rounded
-from moec.formats.notation import Format
-from moec.interpret.evaluate import bind_checked, run_part
+from moec.ir.formats.integer import Quantised, dequantise, encode, quantise, rounded
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Op, Program, Stage, Value
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.interpret.evaluate import bind_checked, run_part
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.gptq import (
     Factored,

@@ -18,18 +18,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moec.checkpoint.arrange import ArrangedCodes
-from moec.checkpoint.weight import nearest_int8
-from moec.formats.integer import TINY, Quantised, dequantise
-from moec.formats.notation import Format
+from moec.ir.formats.integer import TINY, Quantised, dequantise
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Graph, Op, Program, Value
-from moec.memory.memory import InMemory
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder
 from moec.passes.core.runner import Log
 from moec.passes.quantise.codes import Codes, QuantisingPass
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import LINEAR, QuantiseLinears, routers
+from moec.sources.checkpoint.arrange import ArrangedCodes
+from moec.sources.checkpoint.weight import nearest_int8
+from moec.sources.memory.memory import InMemory
 
 ROUNDING = 2.0**-7
 """Twice the relative error of a weight that was rounded to bfloat16 when it was loaded."""

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from moec.errors import NoMatch
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Op, Value
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import Codes
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 

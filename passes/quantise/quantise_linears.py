@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.ops.experts.dispatch import SORTS
 from moec.ir.traits import PRODUCTS
-from moec.ops.experts.dispatch import SORTS
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 

@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import torch
 
-from moec.interpret.evaluate import run_op
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.interpret.evaluate import run_op
 from moec.ir.sizes.dims import symbols
 from moec.ir.traits import VIEWS, is_reproducible
 from moec.passes.core.rewrite import rebuild, sizes_in

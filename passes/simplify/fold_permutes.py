@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
-from moec.ops.dense.attention import SWAP, Attention
+from moec.ir.ops.dense.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -19,7 +19,7 @@ from typing import ClassVar, cast
 
 from moec.ir.canonical import canonical_text
 from moec.ir.graph import Attr, Graph, Op, Program, Ref, Stage, TensorType, Value
-from moec.ops.experts.dispatch import chooses_all
+from moec.ir.ops.experts.dispatch import chooses_all
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 

@@ -18,8 +18,8 @@ import sympy
 import torch
 
 from moec.errors import NoMatch, UsageError
-from moec.interpret.evaluate import run_op
 from moec.ir.graph import Attr, Op, Program, Value
+from moec.ir.interpret.evaluate import run_op
 from moec.ir.sizes.dims import Dim, symbols
 from moec.ir.traits import PRODUCTS, is_elementwise
 from moec.passes.core.moe_layer import constant

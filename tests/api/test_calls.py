@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moec
 from moec.capture.capture import capture
 from moec.errors import InputError
-from moec.interpret.graph_module import GraphModule
+from moec.ir.interpret.graph_module import GraphModule
 
 X, P, Q = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -20,11 +20,11 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moec
 from moec.errors import UnsupportedError, UsageError, VerificationError
-from moec.formats.notation import parse_parts
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.notation import parse_parts
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS
 from moec.model.rebuild import rebuild
-from moec.ops.experts.quantised_linear import QUANTISED_OPS
 from moec.passes.core.runner import Log, run
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.pipeline import quantising

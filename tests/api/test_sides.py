@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import ArtifactError, InputError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from moec.model.sides import sharing
 from moec.runtime.artifact import artifact

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from tests.checkpoint import writers
-from tests.checkpoint.families import model
-from tests.checkpoint.test_oracles import compressed, write_mxfp4
-from tests.checkpoint.test_values import FORMS
+from tests.sources.checkpoint import writers
+from tests.sources.checkpoint.families import model
+from tests.sources.checkpoint.test_oracles import compressed, write_mxfp4
+from tests.sources.checkpoint.test_values import FORMS
 
 _SEEDS = "formats"
 _FORMS = {

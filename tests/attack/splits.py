@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from tests.attack import gguf_files
 from tests.attack.fields import import_all
 from tests.attack.refusal import case as refused
-from tests.checkpoint.families import model
+from tests.sources.checkpoint.families import model
 
 _INDEX = "model.safetensors.index.json"
 _SEED = "whole"

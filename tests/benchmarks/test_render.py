@@ -18,8 +18,8 @@ from benchmarks.records import (
     read_records,
 )
 from benchmarks.render import PAGES, WRITTEN, cells, readme_table, render, section, table
-from moec.bench.race import Figure, Load
-from moec.bench.result import BenchResult, ContenderLine, MeasuredLimits
+from moec.inspect.bench.race import Figure, Load
+from moec.inspect.bench.result import BenchResult, ContenderLine, MeasuredLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 

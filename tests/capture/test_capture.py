@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from moec.capture import capture
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds
 from tests.capture.modules import WIDTH, Function, Moe, Tied, Two
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moec.capture import capture
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 EXPERTS, WIDTH = 4, 8
 Asks = Callable[[Tensor, Tensor, int], bool]

@@ -22,7 +22,7 @@ from moec.capture.decomposition import decompose, decompositions
 from moec.capture.decomposition.expand import expand
 from moec.codegen.loops.emit import EMIT
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 
 _NAME = re.compile(r"([A-Za-z_][\w.]*): (?=[a-z0-9]+\[)")

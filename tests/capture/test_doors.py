@@ -14,7 +14,7 @@ from moec.capture import capture
 from moec.capture.doors import open_source
 from moec.capture.source import Source
 from moec.errors import CaptureError, MoecError, UsageError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from tests.capture.modules import WIDTH, Moe
 
 x = torch.randn(5, WIDTH)

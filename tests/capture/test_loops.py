@@ -10,7 +10,7 @@ from torch import nn
 
 from moec.capture import capture
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 EXPERTS, WIDTH = 3, 8
 Loop = Callable[["Block", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

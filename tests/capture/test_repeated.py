@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from moec.capture import Captured, capture
-from moec.interpret.evaluate import evaluate
 from moec.ir.canonical import canonical_text
+from moec.ir.interpret.evaluate import evaluate
 from tests.models.families import FAMILIES
 
 CAPTURE = importlib.import_module("moec.capture.capture")

@@ -20,7 +20,7 @@ from moec.capture.decomposition.kernels import embedding_bag, kthvalue, median
 from moec.capture.decomposition.pooling import avg_pool, max_pool2d
 from moec.codegen.loops.emit import EMIT
 from moec.errors import CaptureError, UnsupportedError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 
 class Function(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 import moec
 from moec.errors import InputError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.runtime.sizes.counts import mismatch
 
 IMAGE = 7

@@ -16,9 +16,9 @@ from moec.codegen.backends.cpu.backend import CPU
 from moec.codegen.lower import with_index_checks
 from moec.codegen.package import build
 from moec.errors import InputError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Module, Program
 from moec.ir.index_uses import REQUIRE
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.runtime.call.executor import Executor
 from moec.target.cpu import host

@@ -16,8 +16,8 @@ from moec.codegen.lower import lower
 from moec.codegen.package import build, index_ranges
 from moec.codegen.unsupported import check
 from moec.errors import InputError, UnsupportedError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Module, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds, symbol
 from moec.ir.text import parse
 from moec.runtime.call.executor import Executor

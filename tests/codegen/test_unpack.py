@@ -16,7 +16,7 @@ from moec.codegen.cpu.quantised.layout import QuantisedLayout, mark_nan, pack_co
 from moec.codegen.cuda.gemm.layout import interleave
 from moec.codegen.cuda.quantised import codes as cuda_codes
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
-from moec.formats.notation import parse
+from moec.ir.formats.notation import parse
 from moec.target.cpu import TARGETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from moec.__main__ import cli
-from tests.checkpoint import adapters
+from tests.sources.checkpoint import adapters
 
 QUERY = "model.layers.0.self_attn.q_proj"
 

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from moec import __main__ as front
-from moec.checkpoint.table import FOLDERS, FORMATS
 from moec.commands.output.families import FAMILIES, FORMS
 from moec.passes import recognise
 from moec.pipeline import OPT_IN
+from moec.sources.checkpoint.table import FOLDERS, FORMATS
 from moec.target import cpu as target
 from moec.target import cuda
 from tests.fresh import Warm, moec_command

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.commands.serving.serve import command
+from moec.serving.serve import command
 
 ROOT = Path(__file__).parents[2]
 

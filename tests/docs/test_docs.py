@@ -10,7 +10,7 @@ import pytest
 from docs.catalogue import PAGES
 from docs.pictures import PICTURE, picture
 from moec import cache
-from moec.ops import OPS
+from moec.ir.ops import OPS
 from moec.oracle import rounding, tolerance
 from moec.pipeline import OPT_IN, all_passes
 from moec.runtime.artifact import manifest

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.dynamo.training.gradients import IN_PYTORCH, differentiable
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Program, Stage
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.text import parse
 from moec.passes.core.runner import run
 from moec.pipeline import TRAIN

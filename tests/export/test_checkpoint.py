@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from moec.capture.doors import open_source
-from moec.checkpoint.folders import compressed_tensors
-from moec.checkpoint.folders.packed_integers import pack_last, unpack_last
-from moec.checkpoint.tensors import map_folder
 from moec.errors import CaptureError, UsageError
 from moec.export.checkpoint import convert, parse_conversion
-from moec.formats.integer import dequantise, quantise
-from moec.formats.notation import parse
-from tests.checkpoint.families import FAMILIES, model
+from moec.ir.formats.integer import dequantise, quantise
+from moec.ir.formats.notation import parse
+from moec.sources.checkpoint.folders import compressed_tensors
+from moec.sources.checkpoint.folders.packed_integers import pack_last, unpack_last
+from moec.sources.checkpoint.tensors import map_folder
+from tests.sources.checkpoint.families import FAMILIES, model
 
 QUANTS = ("int4:32", "int8", "experts=int4:32,linears=int8:32", "experts=int8")
 

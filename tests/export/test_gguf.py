@@ -12,14 +12,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moec.capture.doors import open_source
-from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.errors import CaptureError
 from moec.export.gguf import export_gguf
 from moec.export.gguf_tokenizer import tokenizer_fields
 from moec.files.gguf import read_header
-from moec.formats.integer import dequantise
+from moec.ir.formats.integer import dequantise
 from moec.runtime.text.prompt import FOLDER, load_tokenizer
-from tests.checkpoint.families import COMMON
+from moec.sources.checkpoint.gguf.tokenizer import tokenizer_files
+from tests.sources.checkpoint.families import COMMON
 
 gguf = pytest.importorskip("gguf")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}

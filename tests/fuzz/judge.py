@@ -21,15 +21,15 @@ from torch.utils import _pytree as pytree
 
 import moec
 from moec.errors import InputError, IRError, MoecError
-from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import (
+from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.run_in_float32 import (
     all_in_float32,
     eager_in_float32,
     in_float32,
     wide,
 )
-from moec.interpret.stable_topk import FirstOfEquals
-from moec.ir.graph import Program
+from moec.ir.interpret.stable_topk import FirstOfEquals
 from moec.ir.sizes.dims import bind_shape, show_bounds
 from moec.ir.sizes.thresholds import violated
 from moec.model.compiled import CompiledModel

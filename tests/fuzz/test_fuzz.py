@@ -12,8 +12,8 @@ from torch import nn
 
 from moec.capture.sizes.settle import Settled
 from moec.errors import InputError, IRError
-from moec.interpret.run_in_float32 import InFloat32
 from moec.ir.graph import Program
+from moec.ir.interpret.run_in_float32 import InFloat32
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from moec.capture import capture
-from moec.interpret.graph_module import GraphModule
-from moec.interpret.outputs import flatten
 from moec.ir.graph import Program
+from moec.ir.interpret.graph_module import GraphModule
+from moec.ir.interpret.outputs import flatten
 from moec.ir.text import parse, print_graph
 from tests.models.families import SMALL
 from tests.once import Once

@@ -11,7 +11,7 @@ import torch
 import moec
 from moec.export.kv_cache import CachedTexts
 from moec.export.onnx import open_session, runner
-from moec.interpret.run_in_float32 import eager_in_float32
+from moec.ir.interpret.run_in_float32 import eager_in_float32
 from moec.ir.text import print_graph
 from moec.oracle.rounding import NOISE, UNIT, excess, row_distances
 from moec.oracle.tolerance import EXACT_ROWS, TOLERANCES, distance

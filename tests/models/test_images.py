@@ -7,7 +7,7 @@ import torch
 
 import moec
 from moec.errors import CaptureError, InputError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.oracle.tolerance import distance
 from tests.models.image_families import IMAGE, IMAGE_FAMILIES
 

@@ -7,7 +7,7 @@ import torch
 from transformers import NllbMoeConfig, NllbMoeSparseMLP
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.oracle.tolerance import TOLERANCES, distance
 
 WIDTH, EXPERTS = 16, 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.oracle.tolerance import distance
 from moec.verify.cases import references
 from tests.models.other_families import OTHER_FAMILIES

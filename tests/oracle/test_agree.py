@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
+from moec.ir.interpret.outputs import VaryingOutput
 from moec.ir.text import parse
 from moec.oracle.agree import agree, agree_at_sizes, same_results
 

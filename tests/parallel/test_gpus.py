@@ -24,9 +24,9 @@ from transformers import Qwen3MoeForCausalLM
 from moec import __main__ as front
 from moec.codegen.backends.cuda import backend
 from moec.errors import ArtifactError, TargetError, UsageError
-from moec.interpret.evaluate import evaluate
-from moec.interpret.ranks import side_by_side
-from moec.ops import OPS
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.ranks import side_by_side
+from moec.ir.ops import OPS
 from moec.parallel.compile import compile_function
 from moec.parallel.process import Job, started
 from moec.parallel.process_ranks import device_of_rank, start_group

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moec.errors import ArtifactError, MoecError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.parallel.build import save_ranks
 from moec.parallel.launch import launch
 from moec.parallel.process import Job

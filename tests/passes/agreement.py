@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 
 CLOSE = 1e-5
 """f32 sums of a few terms, in another order."""

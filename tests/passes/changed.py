@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from moec.passes.calibration.budget import parse_budget
 from moec.passes.calibration.session import Approximate, CalibrationSession, MeasuredPass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage, Value
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.calibration.budget import parse_budget

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moec
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, TensorType, Value
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.approximate.average_experts import AverageExperts
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.approximate.keep_used import KeepUsed

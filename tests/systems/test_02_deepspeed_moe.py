@@ -14,8 +14,8 @@ import moec
 from docs.systems import COMPARABLE, Figure, Source
 from moec import CompiledModel
 from moec.errors import UnsupportedError
-from moec.interpret.ranks import evaluate_ranks
 from moec.ir.graph import Program, Value
+from moec.ir.interpret.ranks import evaluate_ranks
 from moec.ir.sizes.dims import symbols
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.groups import groups_of

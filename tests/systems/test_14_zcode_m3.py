@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moec
 from docs.systems import Figure, Source
 from moec import CompiledModel
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from tests.systems.records import Keep, load, record_of
 

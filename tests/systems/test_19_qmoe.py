@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as arrays
 
 import moec
 from docs.systems import COMPARABLE, Figure, Source
-from moec.formats.ternary import decode, encode
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.ternary import decode, encode
+from moec.ir.interpret.evaluate import evaluate
 from tests.systems.records import Keep, load, record_of
 
 example = load("19_qmoe")

@@ -27,7 +27,7 @@ from moec.verify.check import check
 from moec.verify.comparison import Comparison
 from moec.verify.references import exact_eager
 from tests.capture.modules import WIDTH, Function, Moe
-from tests.checkpoint.families import model
+from tests.sources.checkpoint.families import model
 
 x = torch.randn(5, WIDTH)
 

@@ -13,7 +13,7 @@ from torch import nn
 import moec
 from moec.codegen.backends.cpu import codes as packing
 from moec.errors import VerificationError
-from moec.formats.integer import Quantised
+from moec.ir.formats.integer import Quantised
 from moec.passes.quantise import codes as rounding
 
 FORMATS = ["int8", "int6", "int5:32", "int4:32", "int4:32:asymmetric", "int3:32", "fp8", "mxfp4"]

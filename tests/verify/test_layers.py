@@ -17,15 +17,15 @@ from moec import __main__ as front
 from moec.capture import capture
 from moec.errors import UsageError, VerificationError
 from moec.ir.graph import Program
-from moec.memory.memory import Bounded
-from moec.memory.ranges import AddressRange
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
+from moec.sources.memory.memory import Bounded
+from moec.sources.memory.ranges import AddressRange
 from moec.verify.check import check
 from tests.capture.modules import WIDTH, Moe
-from tests.checkpoint.families import model
-from tests.memory.small import SMALL, count_weights_alone
+from tests.sources.checkpoint.families import model
+from tests.sources.memory.small import SMALL, count_weights_alone
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from torch import nn
 import moec
 from moec.errors import VerificationError
 from moec.ir.graph import Op, Program
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.model.compiled import CompiledModel
-from moec.ops.experts.grouped import GroupedLinear
 from moec.runtime.dtypes import Array
 from moec.verify.check import check
 from moec.verify.code import check_code

@@ -12,10 +12,10 @@ import torch
 import moec
 from moec.capture import Captured
 from moec.errors import VerificationError
-from moec.interpret.evaluate import evaluate
-from moec.interpret.outputs import flatten
-from moec.interpret.ranks import evaluate_ranks
 from moec.ir.graph import Module, Program
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.outputs import flatten
+from moec.ir.interpret.ranks import evaluate_ranks
 from moec.ir.text import parse, print_graph
 from moec.oracle.tolerance import TOLERANCES, distance
 from moec.passes.decode import incremental

@@ -14,8 +14,8 @@ import transformers
 
 import moec
 from benchmarks.models.upcycle import Experts, Mlp
-from tests.checkpoint.test_gguf import write
 from tests.models.families import SMALL
+from tests.sources.checkpoint.test_gguf import write
 
 DTYPES = (torch.bfloat16, torch.float16)
 DEVIATIONS = (0.02, 0.08, 0.2)

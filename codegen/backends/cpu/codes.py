@@ -24,8 +24,8 @@ from moec.codegen.cpu.quantised.round_rows import round_rows
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
 from moec.ir.graph import TensorType, Value
+from moec.ir.ops.experts.quantised import Matrix
 from moec.ir.sizes.dims import product
-from moec.ops.experts.quantised import Matrix
 
 
 def rounded(low: Lowering, x: Value, blocks: int = 1, form: RowCodes = BYTES) -> list[relax.Expr]:

@@ -18,9 +18,9 @@ from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import CompressedSpec
-from moec.formats.ternary import bytes_of_counts
+from moec.ir.formats.ternary import bytes_of_counts
 from moec.ir.graph import Graph, Op, TensorType
-from moec.ops.experts.compressed import GroupedCompressed
+from moec.ir.ops.experts.compressed import GroupedCompressed
 from moec.target.cpu import CpuTarget
 
 

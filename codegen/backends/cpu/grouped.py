@@ -19,7 +19,7 @@ from moec.codegen.rules.products import only_owned_rows_read, spec_of
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 
 
 def check_linears(op: Op, graph: Graph) -> None:

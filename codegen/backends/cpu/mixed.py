@@ -19,7 +19,7 @@ from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import MixedSpec
 from moec.ir.graph import Graph, Op, TensorType
-from moec.ops.experts.mixed import GroupedMixed, MixedPart
+from moec.ir.ops.experts.mixed import GroupedMixed, MixedPart
 
 
 def _check(op: Op, graph: Graph) -> None:

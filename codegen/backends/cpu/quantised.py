@@ -17,9 +17,9 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Graph, Op
-from moec.ops.experts.quantised import GroupedQuantised
+from moec.ir.ops.experts.quantised import GroupedQuantised
 
 
 def check_format(format: Format) -> None:

@@ -18,8 +18,8 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, TensorType
+from moec.ir.ops.experts.quantised_linear import QuantisedLinear
 from moec.ir.sizes.dims import product
-from moec.ops.experts.quantised_linear import QuantisedLinear
 
 
 def _check(op: Op, graph: Graph) -> None:

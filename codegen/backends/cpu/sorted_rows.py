@@ -18,7 +18,7 @@ from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.experts import check_sorted
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.experts.grouped import Grouped
+from moec.ir.ops.experts.grouped import Grouped
 
 Make = Callable[..., PrimFunc]
 """(top_k, epilogue, dtype of the scale, name) -> a kernel; with `from_slots=True`, of

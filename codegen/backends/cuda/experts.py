@@ -12,7 +12,7 @@ from moec.codegen.rules.experts import check_sorted
 from moec.codegen.rules.products import only_owned_rows_read
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.experts.grouped import Grouped
+from moec.ir.ops.experts.grouped import Grouped
 
 
 def check_experts(op: Op, parts: Grouped[Any], stored: Iterable[Value], graph: Graph) -> None:

@@ -26,8 +26,8 @@ from moec.codegen.rules.products import DENSE, dense_of, spec_of
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.ir.sizes.dims import product
-from moec.ops.experts.grouped import GroupedLinear
 from moec.target.cuda import TARGETS
 
 LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)

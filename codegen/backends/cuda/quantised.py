@@ -26,7 +26,7 @@ from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.ops.experts.quantised import GroupedQuantised
+from moec.ir.ops.experts.quantised import GroupedQuantised
 
 
 def _spec(op: Op, parts: GroupedQuantised) -> QuantisedSpec:

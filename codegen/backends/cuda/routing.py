@@ -17,7 +17,7 @@ from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.routing import emit_route, route_spec
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.runtime.dtypes import NUMPY, Array
 
 _LINEAR = "aten.linear.default"

@@ -19,8 +19,8 @@ from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import CompressedSpec
-from moec.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
-from moec.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
+from moec.ir.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
+from moec.ir.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
 from moec.target.cpu import CpuTarget
 
 # Reading ternary weights in a kernel: a row of weights is a walk over the entries of codewords.

@@ -14,7 +14,7 @@ import numpy as np
 
 from moec.codegen.cpu.llvm.constants import splat
 from moec.codegen.cpu.llvm.pair_sums import pair_sums
-from moec.formats.integer import E2M1_TWICE, E2M1_ZERO
+from moec.ir.formats.integer import E2M1_TWICE, E2M1_ZERO
 from moec.target.cpu import CpuTarget
 
 _FRACTIONS = np.arange(8)

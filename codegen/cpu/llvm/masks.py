@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 
 from moec.codegen.cpu.llvm.pair_sums import pair_sums
-from moec.formats.ternary import START, TOGETHER
+from moec.ir.formats.ternary import START, TOGETHER
 from moec.target.cpu import CpuTarget
 
 LANES = 16

@@ -28,7 +28,7 @@ from moec.codegen.cpu.quantised import words
 from moec.codegen.cpu.quantised.dot_products import Way, way
 from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import LONG_NAMES
-from moec.formats.integer import E2M1_ZERO
+from moec.ir.formats.integer import E2M1_ZERO
 
 ROW_STEP = 64
 """Rows of codes of x are padded to a multiple of this: a multiple of all words and vectors."""

@@ -1,4 +1,4 @@
-"""Rows of activations as integers of 8 or 16 bits: `moec.formats.integer.round_rows` as a kernel.
+"""Rows of activations as integers of 8 or 16 bits: `round_rows` of formats as a kernel.
 
     x[R, K]  ->  codes int32[R, planes * words] (four or two to a word, 0 after K),
                  scales float32[R, blocks],
@@ -22,7 +22,7 @@ from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.layout import BYTES, RowCodes
 from moec.codegen.cpu.vector import Vector
-from moec.formats.integer import TINY, most_of
+from moec.ir.formats.integer import TINY, most_of
 from moec.target.cpu import CpuTarget
 
 

@@ -36,7 +36,7 @@ from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.dot_products import dots
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.words import unpacked
-from moec.formats.integer import E2M1_ZERO
+from moec.ir.formats.integer import E2M1_ZERO
 
 
 @dataclass(frozen=True)

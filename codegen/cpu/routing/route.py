@@ -3,7 +3,7 @@
     logits[T, E]  correction?[E]  ->  weights[T, k]  experts[T, k] int64
 
 Everything is computed in float32. Of equal scores the lower id wins, as in
-`moec.ops.routing.routing` (torch.topk on the CPU keeps no order among equals: of
+`moec.ir.ops.routing.routing` (torch.topk on the CPU keeps no order among equals: of
 [0, 0, 0, 0, 0, 0, 0, 0] its best three are 6, 5 and 4). NaN is the greatest, as in torch. For any
 logits, the experts of a token are k distinct ids below E, except that a sparsemixer may choose one
 of several -infinities twice.
@@ -24,7 +24,7 @@ from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import RouteSpec
 from moec.dtypes import HALVES, LONG_NAMES
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.target.cpu import CpuTarget
 
 TOKENS = 16  # of a task

@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cuda.instructions import WARP, warp_greatest
-from moec.formats.integer import TINY, most_of
+from moec.ir.formats.integer import TINY, most_of
 from moec.target.cuda import CudaTarget
 
 

@@ -32,7 +32,7 @@ from moec.codegen.cuda.routing.sparsemixer import sparsemixer
 from moec.codegen.specs.routing import RouteSpec
 from moec.dtypes import HALVES, LONG_NAMES
 from moec.errors import NoMatch
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.target.cuda import CudaTarget
 
 _WARPS = 4  # tokens per block

@@ -12,7 +12,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cuda.instructions import exp, warp_max, warp_min, warp_sum
 from moec.codegen.cuda.routing.ranks import LOWEST, float_of
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 
 _NOBODY = 2**31 - 1
 

@@ -16,7 +16,7 @@ from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import integer
-from moec.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.grouped import GroupedLinear
 
 
 @kernel("moe.capacity")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.formats.integer import E2M1_TWICE
-from moec.formats.notation import Format
-from moec.ops.experts.quantised import GroupedQuantised, Matrix
+from moec.ir.formats.integer import E2M1_TWICE
+from moec.ir.formats.notation import Format
+from moec.ir.ops.experts.quantised import GroupedQuantised, Matrix
 
 ROW_BLOCKS = (256, 128, 64, 32, 16)
 """Block sizes for formats with one scale per row, the best first. From 64 tokens on, 256 took 10 to

@@ -20,9 +20,9 @@ from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.quantised import GroupedQuantised
 from moec.ir.sizes.dims import Dim
-from moec.ops.experts.grouped import GroupedLinear
-from moec.ops.experts.quantised import GroupedQuantised
 
 _ROUTERS = ("moe.gate", "moe.route")
 _PASS_ON = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")

@@ -27,12 +27,12 @@ from moec.codegen.onnx.moe.routing import logits_of, router_dtype
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.interpret.evaluate import run_graph
+from moec.ir.ops.experts.grouped import GroupedLinear
+from moec.ir.ops.experts.quantised import GroupedQuantised
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.upcast import widen
-from moec.ops.experts.grouped import GroupedLinear
-from moec.ops.experts.quantised import GroupedQuantised
-from moec.ops.routing.routing import Routing
 
 SMALLEST = 1e-30  # replaces a weight of zero, which has no logarithm
 

@@ -24,7 +24,7 @@ from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
-from moec.ops.experts.quantised import GroupedQuantised
+from moec.ir.ops.experts.quantised import GroupedQuantised
 
 
 def check(block: Fused) -> None:

@@ -24,9 +24,9 @@ from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
-from moec.formats.notation import Format
+from moec.ir.formats.notation import Format
 from moec.ir.graph import Value
-from moec.ops.experts.quantised import GroupedQuantised
+from moec.ir.ops.experts.quantised import GroupedQuantised
 
 BLOCKED = 21
 """The first opset whose DequantizeLinear supports blocks and four bits."""

@@ -12,8 +12,8 @@ from moec.codegen.onnx.writer import NodeWriter
 from moec.dtypes import HALVES
 from moec.ir.graph import DType, Op, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.sizes.dims import Dim
-from moec.ops.routing.routing import Routing
 
 LOW = float("-inf")
 
@@ -111,7 +111,7 @@ def _best_groups(
 
 
 def _sparsemixer(w: NodeWriter, routing: Routing, logits: str, full: str) -> Sequence[str]:
-    """See `moec.ops.routing.routing`: choices are made one after the other, each among the
+    """See `moec.ir.ops.routing.routing`: choices are made one after the other, each among the
     remaining experts."""
     left, weights, experts = logits, [], []
     one = w.constant([1])

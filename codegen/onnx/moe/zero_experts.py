@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.writer import NodeWriter
-from moec.ops.experts.zero_experts import ZeroExperts
+from moec.ir.ops.experts.zero_experts import ZeroExperts
 
 
 @build("moe.zero_experts")

@@ -12,8 +12,8 @@ from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.aten import TORCH_DTYPES
+from moec.ir.ops.dense.attention import SWAP, Attention
 from moec.ir.sizes.dims import Dim
-from moec.ops.dense.attention import SWAP, Attention
 
 
 @build("nn.attention")

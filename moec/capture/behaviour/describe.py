@@ -30,8 +30,8 @@ from moec.capture.captured import Captured
 from moec.capture.speculate.refusals import Untraceable
 from moec.capture.state.reach import values_kept
 from moec.errors import CaptureError, NoMatch, UsageError
-from moec.interpret.run_in_float32 import eager_in_float32, wide, widened
 from moec.ir.graph import Module
+from moec.ir.interpret.run_in_float32 import eager_in_float32, wide, widened
 from moec.ir.sizes.thresholds import nearest_allowed
 from moec.oracle.agree import agree, at_sizes, sizes_of
 from moec.oracle.cases import shapes

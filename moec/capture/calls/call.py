@@ -15,7 +15,7 @@ import torch
 
 from moec.capture.calls.constants import constants_computed, is_ordinary
 from moec.capture.state.traced_changes import as_traced
-from moec.interpret.outputs import Structure, checked, flatten
+from moec.ir.interpret.outputs import Structure, checked, flatten
 from moec.torch_private import pytree
 
 

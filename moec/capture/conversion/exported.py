@@ -22,8 +22,8 @@ from moec.capture.conversion.dropped_nodes import dropped
 from moec.capture.conversion.index_requirements import with_written
 from moec.capture.conversion.node_converter import Converter, relative_path
 from moec.errors import CaptureError
-from moec.interpret.outputs import SLOT, Structure, of_leaves
 from moec.ir.graph import Graph, Op, Program, State, Value
+from moec.ir.interpret.outputs import SLOT, Structure, of_leaves
 from moec.ir.sizes.dims import Bounds, symbols
 
 

@@ -20,8 +20,8 @@ from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose
 from moec.capture.export.autograd import autograd_inside
 from moec.errors import CaptureError
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.text import parse, print_graph
 
 NAME = "moec"

@@ -30,8 +30,8 @@ from moec.capture.sizes.widen import Widened
 from moec.capture.sizes.wishes import Axes, name_symbols
 from moec.capture.speculate import explained
 from moec.capture.state.reach import values_kept
-from moec.interpret.outputs import Structure, flatten
 from moec.ir.graph import Program
+from moec.ir.interpret.outputs import Structure, flatten
 from moec.ir.sizes.dims import Bounds
 from moec.oracle.cases import Eager
 from moec.torch_private import dynamo_config, lazy_graph_modules, symbolic_config

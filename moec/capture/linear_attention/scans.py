@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from moec.capture.intercept.interceptor import Handler
 from moec.errors import CaptureError
-from moec.ops.dense.linear_attention import recurrence
+from moec.ir.ops.dense.linear_attention import recurrence
 
 OWN = {"moec.linear_attention.default": "nn.linear_attention"}
 """Operators in the export, with the ops of the IR that they become."""

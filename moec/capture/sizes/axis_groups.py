@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim as TorchDim
 
 from moec.capture.sizes.wishes import Axes, dim_name
-from moec.interpret.resized import resize_axis
+from moec.ir.interpret.resized import resize_axis
 
 BATCH = (2, 3, 5, 7, 11)
 SEQUENCE = (16, 12, 20, 28, 36)

@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from moec.capture.sizes.guards import Guard, guard_at, shape_env
 from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError, UsageError
-from moec.interpret.resized import resized_axes
 from moec.ir.graph import Program
+from moec.ir.interpret.resized import resized_axes
 from moec.oracle.cases import Eager
 
 Axis = tuple[int, int]

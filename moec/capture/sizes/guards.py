@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from moec.capture.intercept.arithmetic import domains_of
 from moec.capture.user_code.sources import is_internal, text_of
 from moec.errors import CaptureError, IRError
-from moec.interpret.outputs import Structure
 from moec.ir.graph import Graph, Program
+from moec.ir.interpret.outputs import Structure
 from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
 from moec.oracle.cases import Eager
 

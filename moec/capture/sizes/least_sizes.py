@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from moec.capture.sizes.guards import Guard
-from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
+from moec.ir.interpret.outputs import VaryingOutput
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import allows, truth_of
 from moec.oracle.agree import agree, agree_at_sizes, at_sizes, sizes_of

@@ -14,8 +14,8 @@ from moec.capture.sizes.guards import CaptureForm, Guard
 from moec.capture.sizes.merged_size import Choice, Unmergeable
 from moec.capture.sizes.settle import GuardRefused, Settled, settled
 from moec.errors import CaptureError
-from moec.interpret.resized import with_sizes
 from moec.ir.graph import Attr, Graph, Op, Program, State, TensorType, Value
+from moec.ir.interpret.resized import with_sizes
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import sizes_around, sizes_at_changes, truth_of
 from moec.oracle.agree import agree_at_sizes, sizes_of

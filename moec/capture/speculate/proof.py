@@ -17,9 +17,9 @@ from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
 from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError, IRError
-from moec.interpret.evaluate import evaluate_anywhere
-from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Graph, Program
+from moec.ir.interpret.evaluate import evaluate_anywhere
+from moec.ir.interpret.outputs import VaryingOutput
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import nearest_allowed, truth_of
 from moec.oracle.agree import at_sizes, error_of, same_results, sizes_of

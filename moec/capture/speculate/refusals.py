@@ -118,7 +118,7 @@ def _is_python(frame: FrameType) -> bool:
 
 def _last_of_user(trace: TracebackType | None) -> Site | None:
     """The user's innermost frame in an error's traceback, as a site."""
-    others = foreign(("torch", "numpy", "sympy", "moec.capture", "moec.interpret"))
+    others = foreign(("torch", "numpy", "sympy", "moec.capture", "moec.ir.interpret"))
     frame: FrameType | None = None
     last = 0
     while trace is not None:

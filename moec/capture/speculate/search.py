@@ -25,8 +25,8 @@ from moec.capture.speculate.trace import Assumed, Export, Traced, trace
 from moec.capture.user_code.probe import SpeculationProbe
 from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError
-from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
+from moec.ir.interpret.outputs import Structure
 from moec.torch_private import TESTED, MissingTorchName, symbolic_config
 
 

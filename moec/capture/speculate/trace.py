@@ -30,7 +30,7 @@ from moec.capture.speculate.operators.mode import Speculation
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.user_code.sites import Site, foreign
 from moec.errors import CaptureError
-from moec.interpret.outputs import Structure
+from moec.ir.interpret.outputs import Structure
 from moec.torch_private import (
     FakeTensor,
     GuardOnDataDependentSymNode,

@@ -38,7 +38,7 @@ def bytes_of_files(model: str) -> int:
 
 def _bounded(compiled: CompiledModel, weights: int) -> str:
     """As `memory`, also where the model is not in memory as a whole."""
-    from moec.memory.memory import Bounded
+    from moec.sources.memory.memory import Bounded
 
     held = compiled.source.memory
     if not isinstance(held, Bounded):

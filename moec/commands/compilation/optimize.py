@@ -127,10 +127,10 @@ def command(
     hush()
     with Progress(quiet or as_json, plan={"measure": 40.0, "choose": 20.0, **COMPILE}) as progress:
         progress.phase("start")
-        from moec.optimisation.optimize import choice_limits, compile_choices, search
-        from moec.optimisation.pareto import draw_points, pareto_points
-        from moec.optimisation.pinned import split_pinned
-        from moec.optimisation.speed import Compile, choose_fast
+        from moec.optimise.optimisation.optimize import choice_limits, compile_choices, search
+        from moec.optimise.optimisation.pareto import draw_points, pareto_points
+        from moec.optimise.optimisation.pinned import split_pinned
+        from moec.optimise.optimisation.speed import Compile, choose_fast
         from moec.passes.approximate.choices.model_choices import describe_choices, write_choices
 
         limits = choice_limits(memory, token_bytes, loss, tokens_per_second) if limited else None

@@ -60,7 +60,7 @@ def request_of(values: Mapping[str, Any]) -> CompileRequest:
 
 def check(request: CompileRequest) -> None:
     """Raises MoecError for options that exclude one another, and what could not be written."""
-    from moec.memory.budget import allowed_bytes
+    from moec.sources.memory.budget import allowed_bytes
 
     _check_output(request)
     for option, folder in (("--dump-ir", request.dump_ir), ("--emit", request.emit)):

@@ -18,7 +18,7 @@ import click
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
-    from moec.bench.served import ServedResult
+    from moec.inspect.bench.served import ServedResult
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -81,7 +81,7 @@ def print_served(
     with Progress(quiet=quiet or as_json) as progress:
         result = _measure(options, loads, prompt_tokens, new_tokens, threads, progress.phase)
     if plot:
-        from moec.bench.served import plot as draw
+        from moec.inspect.bench.served import plot as draw
 
         draw(result, plot)
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
@@ -108,8 +108,8 @@ def _measure(
 ) -> ServedResult:
     """Measure the server at a URL, or one that is started for an artifact. Raises UsageError where
     there is none."""
-    from moec.bench.clients import ServerLoad, measure
-    from moec.bench.served import ServedResult, served
+    from moec.inspect.bench.clients import ServerLoad, measure
+    from moec.inspect.bench.served import ServedResult, served
     from moec.target.cpu import processor
 
     target, key = options.server, options.api_key

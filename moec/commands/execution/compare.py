@@ -81,7 +81,7 @@ def command(
         sides[models[0]] = _compile(model, artifact, arguments, quiet or as_json)
     else:
         check_only(OF_ARTIFACTS, "is of models, and both are artifacts: leave it out")
-    from moec.comparison.compare import compare
+    from moec.inspect.comparison.compare import compare
 
     options = {"prompt": prompt, "prompt_tokens": prompt_tokens, "time": time}
     comparison = compare(sides[0], sides[1], inputs, **options)

@@ -63,7 +63,7 @@ def command(
     hush()
     content = None if text is None else _read(text)
     with Progress(quiet or as_json) as progress:
-        from moec.evaluation.evaluate import evaluate
+        from moec.optimise.evaluation.evaluate import evaluate
 
         result = evaluate(
             models, content, tasks, window=window, stride=stride, progress=progress.phase

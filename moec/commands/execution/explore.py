@@ -81,17 +81,17 @@ def command(
     files = {"trace": trace, "profile": profile, "plan": plan}
     if is_artifact(Path(model)):
         check_only(OF_ARTIFACTS, f"is of models, and {model} is an artifact: leave it out")
-        from moec.exploration.explore import explore
+        from moec.inspect.exploration.explore import explore
 
         html = explore(model, **files)
     else:
         arguments = api_arguments(**options)
         compiled = _compile(local_model(model, revision, quiet), arguments, quiet)
-        from moec.exploration.explore import explore
+        from moec.inspect.exploration.explore import explore
 
         html = explore(compiled, **files)
     if output is None:
-        from moec.exploration.serve import serve
+        from moec.inspect.exploration.serve import serve
 
         serve(html, port, lambda address: echo(f"{address}  (Ctrl-C ends)"))
         return
@@ -110,7 +110,7 @@ def _compile(model: str, arguments: Mapping[str, Any], quiet: bool) -> CompiledM
 
     plan = {name: COMPILE[name] for name in BEFORE_CODE}
     with compiling(quiet, plan) as (compile_model, _):
-        from moec.formats.notation import parse_parts
+        from moec.ir.formats.notation import parse_parts
         from moec.pipeline import choose, quantising
 
         passes = choose(arguments["opt_level"], arguments["passes"])

@@ -99,8 +99,8 @@ def _expected(
 
 def _measured_token(opened: Artifact) -> float:
     """Seconds, the median."""
-    from moec.bench.contenders import compiled
-    from moec.bench.race import Load, race
+    from moec.inspect.bench.contenders import compiled
+    from moec.inspect.bench.race import Load, race
     from moec.runtime.call.executor import start
 
     generation = opened.package.generation
@@ -113,8 +113,8 @@ def _measured_token(opened: Artifact) -> float:
 def _estimated_token(opened: Artifact, path: Path) -> float:
     """Seconds, for the bytes that a token reads at the speed of memory."""
     from moec.model.stored import stored_graph
-    from moec.profile.cost import cost
-    from moec.profile.limits import bandwidth
+    from moec.report.profile.cost import cost
+    from moec.report.profile.limits import bandwidth
     from moec.runtime.package import DECODE
 
     graph = stored_graph(path, DECODE, opened.graphs[DECODE])

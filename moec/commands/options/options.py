@@ -157,7 +157,7 @@ def check_changes(
 ) -> None:
     """Raises UsageError for invalid values of options that change the model. `moec.compile` would
     raise it too, but seconds later, after importing torch."""
-    from moec.formats.notation import parse_parts
+    from moec.ir.formats.notation import parse_parts
     from moec.passes.calibration import files
     from moec.passes.calibration.budget import parse_budget
     from moec.passes.core.names import sign_and_name, split

@@ -23,11 +23,11 @@ from torch import fx
 from moec.dynamo.graph.convert import TracedProgram
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Value
+from moec.ir.ops.experts.dispatch import chooses_all
 from moec.ir.replace_sizes import replace_sizes
 from moec.ir.sizes.dims import Bounds, canonical, symbol, symbols
 from moec.ir.sizes.floats import is_float
 from moec.ir.traits import VIEWS
-from moec.ops.experts.dispatch import chooses_all
 from moec.passes.recognise.region import Scope, unlike
 from moec.report.data import WHOLE
 

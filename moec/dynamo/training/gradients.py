@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner, tensors_of
-from moec.ops.routing.routing import widened
+from moec.ir.ops.routing.routing import widened
 
 
 class _Dispatch(torch.autograd.Function):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
-from moec.formats.jit import compiled
+from moec.ir.formats.jit import compiled
 from moec.plan.placement.placement import Ids, Loads, Placement, rank_loads
 from moec.runtime.call.routing_trace import RoutingTrace
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
-from moec.formats.jit import compiled
+from moec.ir.formats.jit import compiled
 from moec.plan.placement.eplb import rebalance
 
 EVEN = 1.001

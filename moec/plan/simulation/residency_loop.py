@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.formats.jit import compiled
+from moec.ir.formats.jit import compiled
 
 LRU, LFU, SLRU, PINNED, BELADY = range(5)
 _SAFE = 0.8

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
-from moec.formats.jit import compiled
+from moec.ir.formats.jit import compiled
 from moec.plan.network.degrees import Degrees
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.simulation.cost import CostModel

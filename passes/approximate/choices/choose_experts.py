@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
-from moec.ops import OPS
+from moec.ir.ops import OPS
 from moec.passes.approximate.choices.changeable import (
     NO_CONSTANTS,
     Constants,

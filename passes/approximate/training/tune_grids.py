@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.formats import ternary
-from moec.formats.compressed import codes_in
-from moec.interpret.evaluate import run_graph
+from moec.ir.formats import ternary
+from moec.ir.formats.compressed import codes_in
 from moec.ir.graph import Graph, Op, Program, Value
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.upcast import widen
 from moec.passes.approximate.training.case_training import case_order, output_distance, train
 from moec.passes.calibration.evaluator import Evaluator, float32

@@ -21,13 +21,13 @@ import torch
 
 from moec.dtypes import FLOATS, HALVES
 from moec.errors import NoMatch
-from moec.interpret.evaluate import run_graph
-from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.interpret.evaluate import run_graph
+from moec.ir.interpret.stable_topk import FirstOfEquals
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.sizes.dims import Bounds, evaluate_dim, symbols
 from moec.ir.traits import CASTS, is_elementwise
-from moec.ops.routing.routing import Routing
 from moec.passes.proof.input_generators import Feed, sample
 from moec.passes.recognise.routers.router_hypotheses import before_choices
 

@@ -21,10 +21,10 @@ import torch
 from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.ops.experts.dispatch import chooses_all
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import rounds_doubles
-from moec.ops.experts.dispatch import chooses_all
-from moec.ops.routing.routing import Routing
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import decisions

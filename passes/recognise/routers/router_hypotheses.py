@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 from moec.ir.graph import Graph, Op
+from moec.ir.ops.routing.routing import Routing
 from moec.ir.traits import CHOICES
-from moec.ops.routing.routing import Routing
 
 
 def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:

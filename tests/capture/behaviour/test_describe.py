@@ -14,7 +14,7 @@ from torch import nn
 import moec
 from moec.capture.behaviour.describe import Failure
 from moec.errors import CaptureError, InputError, UsageError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from tests.capture.behaviour import look_alikes
 from tests.capture.behaviour.modules import TOP_K, WIDTH, CountsInNumpy, ExpertChoice, Layer
 

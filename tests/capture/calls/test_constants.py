@@ -8,7 +8,7 @@ from torch import nn
 
 import moec
 from moec.errors import UsageError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 
 class Split(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.capture.earlier_calls.two_runs import earlier_calls
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 PACKAGE = """
 import torch

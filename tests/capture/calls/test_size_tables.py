@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 TABLES: dict[Any, Tensor] = {}
 TABLE: Tensor | None = None

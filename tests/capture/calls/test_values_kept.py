@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 
 class Absent(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 SIZES = (1, 6, 9)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 SIZES = (1, 6, 9, 33)
 

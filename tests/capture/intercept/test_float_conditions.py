@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 LIMITS: dict[str, tuple[Callable[[int], int], str]] = {
     "root": (lambda n: 4 * (math.isqrt(n) + 1), "Min(u0, 4*isqrt(B*S) + 4)"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moec.capture import capture
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 
 @lru_cache(maxsize=2)

@@ -49,7 +49,7 @@ def test_stacks_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_of_torch_and_moec_are_internal() -> None:
-    from moec.interpret import graph_module as module
+    from moec.ir.interpret import graph_module as module
 
     files = (torch.__file__, torch.nn.functional.__file__, module.__file__, table.__file__)
     assert all(is_internal(file) for file in files)

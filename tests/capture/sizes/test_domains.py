@@ -12,7 +12,7 @@ from torch import Tensor
 import moec
 from moec.capture import capture
 from moec.errors import InputError, IRError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds
 from tests.capture.modules import Function
 

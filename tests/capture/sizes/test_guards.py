@@ -17,8 +17,8 @@ from torch.nn import functional
 import moec
 from moec.capture import capture
 from moec.errors import CaptureError, InputError, IRError, UsageError, VerificationError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import parse, print_graph
 from moec.verify.check import check

@@ -14,7 +14,7 @@ from torch.export import Dim
 import moec
 from moec.capture import capture
 from moec.errors import InputError, IRError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds, symbol
 from moec.ir.sizes.thresholds import allows, nearest_allowed
 from moec.ir.text import parse, print_graph

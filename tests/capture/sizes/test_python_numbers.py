@@ -14,7 +14,7 @@ from torch.nn import functional
 import moec
 from moec.capture import capture
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from tests.capture.modules import Function
 from tests.capture.sized import REFUSED, RIGHT, first
 

@@ -27,7 +27,7 @@ from moec.capture.speculate.facts.singles import (
     single_of,
 )
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds, symbol
 from tests.capture.modules import Function
 from tests.capture.sized import first

@@ -16,7 +16,7 @@ from moec.capture import capture
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.trials import Trials
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import print_graph
 from moec.oracle.tolerance import distance

@@ -12,7 +12,7 @@ from moec.capture import capture
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from tests.capture.speculate.forms import FORMS
 from tests.capture.speculate.layer import D, E, Form, Layer
 from tests.capture.speculate.maps import FORMS as MAPS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moec.capture import capture
 from moec.errors import CaptureError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 E, D, K = 3, 6, 2
 Present = Callable[[Tensor, int], Iterator[tuple[Any, Any]]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 WIDTH = 8
 SIZES = (0, 1, 2, 5, 13, 40)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moec.codegen.cuda.append import append
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
-from moec.ops.dense.rotary import rotate_pairs
+from moec.ir.ops.dense.rotary import rotate_pairs
 from tests.cuda_emulator.bugs import Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,

@@ -16,7 +16,7 @@ from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
-from moec.ops.routing.routing import Routing, route_logits
+from moec.ir.ops.routing.routing import Routing, route_logits
 from tests.codegen.cuda.gemm.test_gemv import packed
 from tests.codegen.cuda.gemm.test_grouped import EAGER
 from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, emulated, needs_compiler
@@ -69,7 +69,7 @@ def kernels(name: str) -> dict[str, Emulated]:
 
 
 def eager(name: str, x: Tensor, logits: Tensor, parts: dict[str, Tensor], addend: Tensor) -> Tensor:
-    """In float64, with the routing of moec.ops; rows are rounded where kernels store them."""
+    """In float64, with the routing of moec.ir.ops; rows are rounded where kernels store them."""
     routing, join, _, shared = LAYERS[name]
     weights, experts = route_logits(routing, logits, None)
     wide = {part: tensor.double() for part, tensor in parts.items()}

@@ -46,8 +46,8 @@ from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
-from moec.formats.notation import parse
-from moec.ops.routing.routing import Routing
+from moec.ir.formats.notation import parse
+from moec.ir.ops.routing.routing import Routing
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget
 

@@ -14,8 +14,8 @@ from moec.codegen.onnx import file
 from moec.codegen.onnx.lower import OnnxGraph, lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.export.onnx import open_session, runner
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]

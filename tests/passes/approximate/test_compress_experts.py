@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moec.formats.compressed import PARTS, decompress
-from moec.formats.ternary import codes_of, grid_of, values
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.compressed import PARTS, decompress
+from moec.ir.formats.ternary import codes_of, grid_of, values
 from moec.ir.graph import Program, Stage, Value
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 from moec.passes.approximate.compress_experts import CompressExperts, rows_of_experts
 from moec.passes.calibration.gptq import damp, hessian

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from tests.capture.modules import WIDTH, Moe
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import moec
 from moec.capture.doors import capture_source, open_source
 from moec.errors import UsageError
-from moec.interpret.evaluate import evaluate
-from moec.interpret.graph_module import GraphModule
 from moec.ir.graph import Stage
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.graph_module import GraphModule
+from moec.ir.ops.routing.routing import Routing, route_logits
 from moec.ir.text import parse, print_graph
-from moec.ops.routing.routing import Routing, route_logits
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.core.runner import run
 from moec.pipeline import LOWER

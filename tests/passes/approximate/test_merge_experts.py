@@ -14,8 +14,8 @@ from torch import nn
 
 import moec
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 from moec.passes.approximate.merge_experts import (
     MergeExperts,

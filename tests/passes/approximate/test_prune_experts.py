@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import UsageError
+from moec.ir.ops.routing.routing import Routing, route_logits
 from moec.ir.text import print_graph
-from moec.ops.routing.routing import Routing, route_logits
 from moec.passes.approximate.prune_experts import PruneExperts
 from tests.passes.changed import (
     LAYER,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.verifier import verify
 from moec.ir.graph import Stage
+from moec.ir.interpret.verifier import verify
 from moec.passes.approximate.choices.choose_experts import change_experts, reduce_top_k
 from moec.passes.approximate.choices.model_choices import LayerChoice
 from tests.passes.changed import LAYER, layers_of, outputs, program, tokens

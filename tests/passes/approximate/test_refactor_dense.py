@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import UsageError
-from moec.interpret.evaluate import evaluate, run_graph
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate, run_graph
 from moec.ir.text import parse, print_graph
 from moec.passes.approximate.causal_router import causal_router, distill
 from moec.passes.approximate.refactor_dense import RefactorDense

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.verifier import verify
 from moec.ir.graph import Stage
+from moec.ir.interpret.verifier import verify
 from moec.passes.approximate.skip_small_weights import skip_small_weights
 from tests.passes.changed import LAYER, layers_of, outputs, program, tokens
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moec.formats.compressed import PARTS, codes_in
-from moec.formats.ternary import values
+from moec.ir.formats.compressed import PARTS, codes_in
+from moec.ir.formats.ternary import values
 from moec.ir.text import print_graph
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.training.tune_grids import TuneGrids

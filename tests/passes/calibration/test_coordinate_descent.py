@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.formats import ternary
+from moec.ir.formats import ternary
 from moec.passes.calibration.coordinate_descent import descend
 from moec.passes.calibration.gptq import damp, hessian
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import moec
 from moec.errors import MoecError, UsageError, VerificationError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.calibration.budget import Budget, BudgetError, parse_budget

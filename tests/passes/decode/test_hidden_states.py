@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.decode.hidden_states import without_head
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from moec.codegen.backends.cpu.backend import CPU
 from moec.codegen.lower import lower
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Module, Program, Stage
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.ops.dense.attention import OPERANDS
 from moec.ir.text import parse, print_graph
-from moec.ops.dense.attention import OPERANDS
 from moec.passes.core.runner import run
 from moec.passes.decode import continues_text, incremental
 from moec.passes.simplify.fold_permutes import FoldPermutes

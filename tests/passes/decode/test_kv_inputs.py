@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 from moec.passes.decode import with_past_inputs
 from tests.passes.decode.test_incremental import ATTENTION, HEAD, TAIL, carrying, folded, program

@@ -10,9 +10,9 @@ from functools import cache
 import pytest
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Op
-from moec.ops.dense.attention import Attention
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.ops.dense.attention import Attention
 from moec.passes.core.runner import Pass, PassResult, run
 from moec.passes.dense.fold_mask import FoldMask
 from moec.passes.dense.fuse_attention import FuseAttention

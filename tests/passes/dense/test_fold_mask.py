@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.dense import mask_values

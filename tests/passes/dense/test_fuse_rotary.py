@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.dense.fuse_rotary import FuseRotary

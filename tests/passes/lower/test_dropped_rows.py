@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import run
 from moec.passes.lower.expand_experts import ExpandExperts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 
 TOLERANCE = 1e-5  # of the greatest value: float32 sums of at most 100 terms, in another order

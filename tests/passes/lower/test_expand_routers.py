@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import moec
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph, show_attr
 from moec.passes.core.runner import Log
 from moec.passes.lower.expand_routers import ExpandRouters

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import run
 from moec.passes.lower.fuse_combine import FuseCombine

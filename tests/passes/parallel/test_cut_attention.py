@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from moec.interpret.evaluate import evaluate
-from moec.interpret.ranks import evaluate_ranks
-from moec.interpret.verifier import verify
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.ranks import evaluate_ranks
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import Log
 from moec.passes.parallel.plan_parallelism import parallelise, rank_programs

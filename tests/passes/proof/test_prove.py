@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Value
+from moec.ir.interpret.evaluate import run_graph
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import parse
 from moec.passes.proof import prove

@@ -10,10 +10,10 @@ import torch
 
 import moec
 from moec.errors import UsageError
-from moec.formats.integer import Quantised, dequantise, encode, quantise
-from moec.formats.notation import Format, parse
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.integer import Quantised, dequantise, encode, quantise
+from moec.ir.formats.notation import Format, parse
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.calibration.data import Calibration
 from moec.passes.core.rounding_stats import FEWEST
 from moec.passes.quantise.gptq_codes import calibrate, rows_of

@@ -9,10 +9,10 @@ import torch
 
 import moec
 from moec.errors import IRError, UsageError
-from moec.formats.notation import parse
-from moec.interpret.evaluate import evaluate
-from moec.interpret.verifier import verify
+from moec.ir.formats.notation import parse
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import parse as read
 from moec.ir.text import print_graph
 from moec.passes.core.runner import PassResult, run

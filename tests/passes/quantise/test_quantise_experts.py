@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.formats.integer import dequantise, quantise
-from moec.formats.notation import parse
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.integer import dequantise, quantise
+from moec.ir.formats.notation import parse
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse as read
 from moec.ir.text import print_graph
 from moec.passes.core.runner import PassResult, run

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.core import runner
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.simplify.canonicalise import Canonicalise

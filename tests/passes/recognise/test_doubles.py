@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 WIDTH, EXPERTS, TOP_K = 8, 6, 2
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]

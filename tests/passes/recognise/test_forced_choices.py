@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 
 D, E, K = 4, 5, 2

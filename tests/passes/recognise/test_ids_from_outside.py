@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import moec
 from moec.errors import InputError
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 EXPERTS, D, H = 4, 8, 16
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 
 
 class OrderedByScore(nn.Module):

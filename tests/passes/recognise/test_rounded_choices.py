@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate, run_graph
-from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Op
+from moec.ir.interpret.evaluate import evaluate, run_graph
+from moec.ir.interpret.stable_topk import FirstOfEquals
 from moec.model.compiled import CompiledModel
 from moec.oracle.tolerance import row_errors
 

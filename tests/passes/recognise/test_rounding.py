@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
-from moec.interpret.stable_topk import FirstOfEquals
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.stable_topk import FirstOfEquals
 from tests.capture.modules import WIDTH, Moe
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
-from moec.interpret.stable_topk import FirstOfEquals
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.stable_topk import FirstOfEquals
 
 D, E, K = 8, 4, 2
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise

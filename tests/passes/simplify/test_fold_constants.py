@@ -2,8 +2,8 @@
 
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import run
 from moec.passes.simplify.fold_constants import FoldConstants

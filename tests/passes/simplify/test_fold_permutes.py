@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.package import build
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Module, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.simplify.fold_permutes import FoldPermutes

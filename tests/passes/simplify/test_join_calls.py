@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.simplify.join_calls import JoinCalls

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import UsageError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.fold_supernet import FoldSupernet

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.errors import UsageError
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core.options import parse_pass
 from moec.passes.core.rewrite import drop_dead

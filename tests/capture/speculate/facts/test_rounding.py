@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from tests.capture.modules import Function
 
 CAPACITIES: dict[str, Callable[[int], int]] = {

@@ -7,9 +7,9 @@ import torch
 
 from moec.codegen.backends.cuda.backend import CUDA, CUDA_TEXT
 from moec.codegen.package import build
-from moec.formats.notation import parse
-from moec.interpret.evaluate import evaluate
+from moec.ir.formats.notation import parse
 from moec.ir.graph import Module, Program, Stage
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse as read
 from moec.passes.core.runner import run
 from moec.passes.quantise.quantise_experts import QuantiseExperts

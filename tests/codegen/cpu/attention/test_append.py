@@ -14,8 +14,8 @@ from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention.append import append
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.ir.graph import Op, TensorType, Value
+from moec.ir.ops import OPS
 from moec.ir.sizes.dims import symbol
-from moec.ops import OPS
 from moec.target.cpu import TARGETS, CpuTarget, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

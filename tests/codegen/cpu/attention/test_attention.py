@@ -273,7 +273,7 @@ from moec.codegen.build import assembly, compile_kernels
 from moec.codegen.cpu.attention.attention import AttentionSpec, attention
 from moec.codegen.cpu.routing.gate import GateSpec, gate
 from moec.codegen.cpu.routing.route import RouteSpec
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.target.cpu import host
 
 def build(f, name):

@@ -16,7 +16,7 @@ from torch import Tensor
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention.linear_attention import linear_attention
 from moec.codegen.specs.attention import LinearAttentionSpec
-from moec.ops.dense.linear_attention import recurrence
+from moec.ir.ops.dense.linear_attention import recurrence
 from moec.target.cpu import TARGETS, CpuTarget, host
 
 SPECS = {

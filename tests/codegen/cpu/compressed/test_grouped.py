@@ -22,9 +22,9 @@ from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import CompressedSpec
-from moec.formats.compressed import MOST_WIDTH, compress, decompress
-from moec.formats.integer import round_rows
-from moec.formats.ternary import bytes_of_counts, codes_of, grid_of
+from moec.ir.formats.compressed import MOST_WIDTH, compress, decompress
+from moec.ir.formats.integer import round_rows
+from moec.ir.formats.ternary import bytes_of_counts, codes_of, grid_of
 from moec.target.cpu import TARGETS, missing, parse
 from tests.codegen.cpu.gemm.test_grouped import routing
 

@@ -16,7 +16,7 @@ from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.notation import Format, parse
+from moec.ir.formats.notation import Format, parse
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.emulated_tiles import EMULATED, emulated
 from tests.codegen.cpu.gemm.test_grouped import routing

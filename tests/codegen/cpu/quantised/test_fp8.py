@@ -15,8 +15,8 @@ from moec.codegen.cpu.quantised.layout import QuantisedLayout, mark_nan, pack_co
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import LONG_NAMES
-from moec.formats.integer import Quantised, dequantise, quantise
-from moec.formats.notation import Format
+from moec.ir.formats.integer import Quantised, dequantise, quantise
+from moec.ir.formats.notation import Format
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.gemm.test_grouped import routing
 from tests.codegen.cpu.quantised.test_grouped import tensor

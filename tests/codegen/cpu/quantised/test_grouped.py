@@ -20,9 +20,9 @@ from moec.codegen.cpu.quantised.layout import QuantisedLayout, pack_codes, pack_
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import MOST_SUMMED, Quantised, dequantise, quantise, round_rows
-from moec.formats.notation import Format, parse
 from moec.ir.aten import TORCH_DTYPES
+from moec.ir.formats.integer import MOST_SUMMED, Quantised, dequantise, quantise, round_rows
+from moec.ir.formats.notation import Format, parse
 from moec.runtime.dtypes import NUMPY
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.gemm.test_grouped import routing

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.package import build as package
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import quantise
-from moec.formats.notation import parse
-from moec.interpret.evaluate import evaluate
-from moec.interpret.verifier import verify
+from moec.ir.formats.integer import quantise
+from moec.ir.formats.notation import parse
 from moec.ir.graph import Module, Program, Stage
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import parse as read
 from moec.runtime.call.executor import Executor
 from moec.target.cpu import TARGETS, missing

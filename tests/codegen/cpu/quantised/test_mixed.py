@@ -17,8 +17,8 @@ from moec.codegen.cpu.quantised.mixed import MixedLayout, mixed_linear
 from moec.codegen.cpu.quantised.round_rows import round_rows
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import MixedSpec
-from moec.formats.integer import quantise
-from moec.formats.notation import parse
+from moec.ir.formats.integer import quantise
+from moec.ir.formats.notation import parse
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.emulated_tiles import EMULATED, emulated
 from tests.codegen.cpu.gemm.test_grouped import routing

@@ -1,4 +1,4 @@
-"""The route and gate kernels against their eager reference in moec.ops."""
+"""The route and gate kernels against their eager reference in moec.ir.ops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.routing.gate import gate
 from moec.codegen.cpu.routing.route import route
 from moec.codegen.specs.routing import GateSpec, RouteSpec
-from moec.ops.routing.routing import Routing, route_logits
+from moec.ir.ops.routing.routing import Routing, route_logits
 from moec.target.cpu import TARGETS, CpuTarget, host
 
 TORCH = {

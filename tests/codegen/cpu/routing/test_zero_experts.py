@@ -12,7 +12,7 @@ from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.routing.zero_experts import zero_experts
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import ZeroSpec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from moec.target.cpu import TARGETS, missing
 
@@ -25,7 +25,7 @@ FIRST = 3
 
 
 def reference(kinds, k, dtype, mixed, tensors):
-    """What the op means in eager PyTorch, which tests/ops/experts/test_zero_experts.py checks."""
+    """What the op means in eager PyTorch, which a test of ir/ops checks."""
     x, ids, weights, *rest = tensors
     d, count = x.shape[1], kinds.count("constant")
     kind, named = NAMES[dtype], ", ".join(f'"{k}"' for k in kinds)

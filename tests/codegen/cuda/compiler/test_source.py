@@ -14,7 +14,7 @@ from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, RouteSpec
-from moec.ops.routing.routing import Routing
+from moec.ir.ops.routing.routing import Routing
 from moec.target.cuda import TARGETS
 
 A100 = TARGETS["cuda:sm_80"]

@@ -22,9 +22,9 @@ from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, gemv_
 from moec.codegen.cuda.quantised.round_rows import round_rows
 from moec.codegen.specs.products import QuantisedSpec
 from moec.errors import NoMatch
-from moec.formats.integer import TINY, dequantise, most_of, quantise
-from moec.formats.integer import round_rows as rounded
-from moec.formats.notation import Format, parse
+from moec.ir.formats.integer import TINY, dequantise, most_of, quantise
+from moec.ir.formats.integer import round_rows as rounded
+from moec.ir.formats.notation import Format, parse
 from moec.target.cuda import TARGETS
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (

@@ -1,4 +1,4 @@
-"""Router, sort and combine on the emulator against their eager reference in moec.ops."""
+"""Router, sort and combine on the emulator against their eager reference in moec.ir.ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.errors import NoMatch
-from moec.ops.routing.routing import Routing, route_logits
+from moec.ir.ops.routing.routing import Routing, route_logits
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
     SM_80,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.routing import CombineSpec, RouteSpec
-from moec.ops.routing.routing import Routing, route_logits
+from moec.ir.ops.routing.routing import Routing, route_logits
 from tests.codegen.cuda.routing.test_routing import ROUTINGS, check_route
 from tests.cuda_emulator.bugs import Bug, check_found
 from tests.cuda_emulator.emulate import (

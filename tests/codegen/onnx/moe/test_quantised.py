@@ -18,10 +18,10 @@ from moec.codegen.onnx.moe.encoding import Encoding
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import TargetError, UnsupportedError, UsageError, VerificationError
 from moec.export.onnx import open_session, runner
-from moec.formats.notation import parse
-from moec.interpret.evaluate import evaluate
 from moec.ir import text as ir_text
+from moec.ir.formats.notation import parse
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.oracle.tolerance import EXACT_ROWS, row_errors
 from moec.passes.core.runner import Log
 from moec.passes.quantise.quantise_experts import QuantiseExperts

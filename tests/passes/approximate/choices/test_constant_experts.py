@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.verifier import verify
 from moec.ir.graph import Program, Stage
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import print_graph
 from moec.passes.approximate.choices.choose_experts import change_experts
 from moec.passes.approximate.choices.constant_experts import expert_constants, replace_by_constants

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.verifier import verify
 from moec.ir.graph import Graph, Program, Stage
+from moec.ir.interpret.verifier import verify
 from moec.ir.text import parse
 from moec.passes.approximate.choices.drop_shared import drop_shared, shared_expert_of
 from tests.passes.changed import LAYER, layers_of, outputs, tokens

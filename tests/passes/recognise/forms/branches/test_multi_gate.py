@@ -11,8 +11,8 @@ from torch import nn
 
 import moec
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from moec.passes.core import runner
 from moec.passes.core.runner import Declined

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.recognise.forms.branches.every_expert import SOME
 
 D, E = 8, 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.capture import capture
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.recognise.region import Scope
 from moec.passes.recognise.routers.one_hot_masks import at_most_one
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moec
-from moec.interpret.evaluate import evaluate
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from tests.passes import zero_forms as forms
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.core.moe_layer import Layer, Splice, constant, layer_of, replace_experts
 from moec.passes.specialise.static_routing import densify, restrict_experts

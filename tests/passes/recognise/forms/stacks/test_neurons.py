@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from tests.passes.agreement import assert_agrees, programs_after
 from tests.passes.forms import others

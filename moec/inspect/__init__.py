@@ -1,0 +1,1 @@
+"""Shows a model, compares two, and times them beside other runtimes."""

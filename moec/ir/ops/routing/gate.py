@@ -1,0 +1,88 @@
+"""moe.route, moe.gate, moe.capacity: logits [T, E] -> weights and experts [T, k]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moec.ir.graph import Op, TensorType
+from moec.ir.opdef import Runner, defop, require, tensors_of
+from moec.ir.ops.routing.routing import Routing, route_logits
+from moec.ir.sizes.dims import Dim
+
+
+def _route_types(op: Op, tokens: Dim, experts: Dim) -> tuple[TensorType, ...]:
+    routing = Routing.of(op)
+    require(op, routing.score in ("softmax", "sigmoid", "none", "sparsemixer"), "unknown score")
+    require(op, routing.after in ("none", "softmax", "sigmoid"), "unknown after")
+    require(op, routing.group_score in ("max", "top2sum"), "unknown group_score")
+    if isinstance(experts, int):
+        require(op, 1 <= routing.k <= experts, f"k={routing.k} of {experts} experts")
+        require(op, experts % routing.groups == 0, f"{routing.groups} groups of {experts} experts")
+    return (
+        TensorType(routing.dtype, (tokens, routing.k)),
+        TensorType("i64", (tokens, routing.k)),
+    )
+
+
+def _infer_route(op: Op) -> tuple[TensorType, ...]:
+    logits = op.inputs[0]
+    require(op, len(logits.shape) == 2, f"logits are {logits.type}, expected [T, E]")
+    for correction in op.inputs[1:]:
+        require(op, correction.shape == logits.shape[1:], "the correction is not [E]")
+    return _route_types(op, *logits.shape)
+
+
+@defop("moe.route", _infer_route, "logits, correction?", tokenwise=True)
+def route(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """logits[T, E], correction[E]? -> weights[T, k], experts[T, k]; attributes: `Routing`."""
+    return route_logits(Routing.of(op), tensors[0], tensors[1] if len(tensors) > 1 else None)
+
+
+def _infer_gate(op: Op) -> tuple[TensorType, ...]:
+    x, weight = op.inputs[:2]
+    require(op, len(x.shape) == 2 and x.shape[1:] == weight.shape[1:], f"{x} by {weight}")
+    return _route_types(op, x.shape[0], weight.shape[0])
+
+
+@defop("moe.gate", _infer_gate, "x, weight, bias?biased, correction?corrected", tokenwise=True)
+def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """x[T, D], weight[E, D], bias[E]?, correction[E]? -> weights[T, k], experts[T, k].
+
+    Attributes: those of `Routing`, `biased` (bias exists), `corrected` (correction exists),
+    `logits` (the dtype to which the linear layer's result is rounded), `compute` (the dtype in
+    which it runs).
+    """
+    x, weight, bias, correction = tensors_of("moe.gate", op, tensors, attrs).values()
+    compute = attrs["compute"]
+    logits = torch.nn.functional.linear(
+        x.to(compute),
+        weight.to(compute),
+        None if bias is None else bias.to(compute),
+    )
+    return route_logits(Routing.of(op), logits.to(attrs["logits"]), correction)
+
+
+def _infer_capacity(op: Op) -> tuple[TensorType, ...]:
+    require(op, len(op.inputs[0].shape) == 2, "experts are not [T, k]")
+    return (op.inputs[0].type,)
+
+
+@defop("moe.capacity", _infer_capacity, "experts")
+def capacity(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """experts[T, k] -> experts[T, k], where choices beyond `capacity` per expert are E.
+
+    Attributes: `num_experts`, `capacity` (a size), `order`: "token" counts choices token by
+    token (slots within a token in order), "slot" counts all first choices before any second
+    one (GShard, arXiv 2006.16668, algorithm 1).
+    """
+    (experts,), count = tensors, attrs["num_experts"]
+    by_slot = attrs.get("order", "slot") == "slot"
+    flat = (experts.t() if by_slot else experts).reshape(-1)
+    hot = torch.nn.functional.one_hot(flat, count + 1)
+    position = (hot.cumsum(0) - hot).gather(1, flat[:, None])[:, 0]
+    choices = torch.where(position < attrs["capacity"], flat, count)
+    tokens, k = experts.shape
+    return choices.reshape(k, tokens).t().contiguous() if by_slot else choices.reshape(tokens, k)

@@ -1,8 +1,0 @@
-"""ONNX files as torch modules: what moec captures, recognises and compiles as it does others."""
-
-from __future__ import annotations
-
-from moec.onnx_source.module import OnnxModule
-from moec.onnx_source.read import open_onnx
-
-__all__ = ["OnnxModule", "open_onnx"]

@@ -1,0 +1,1 @@
+"""Searches formats and experts within a limit, and measures what that costs."""

@@ -1,0 +1,1 @@
+"""Where models come from: checkpoints, ONNX files, and the memory of their weights."""
