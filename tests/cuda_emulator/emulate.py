@@ -48,10 +48,6 @@ FLAGS = (
 VISIBLE = '__attribute__((visibility("default")))'
 SM_80 = TARGETS["cuda:sm_80"]
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="no g++, which compiles CUDA C for the emulator"
-)
-
 
 def _encode(
     encoded: Any,
@@ -202,6 +198,8 @@ def _compiled(code: str) -> bytes:
     key = key_of("emulated", code, *emulator, level, *FLAGS)
     if (library := load(store, LIBRARIES, key)) is not None:
         return library
+    if shutil.which("g++") is None:
+        pytest.skip("no g++, which compiles CUDA C for the emulator")
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         source, output = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(code)

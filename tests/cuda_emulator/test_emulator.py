@@ -22,10 +22,7 @@ from tests.cuda_emulator.emulate import (
     EmulationError,
     Schedule,
     emulated,
-    needs_compiler,
 )
-
-pytestmark = needs_compiler
 
 SHAPE = TileShape(32, 32, 64, warp_rows=1, warp_columns=2, stages=3)
 SPEC = LinearSpec(64, 256, "bfloat16", groups=3)

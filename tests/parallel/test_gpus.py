@@ -39,7 +39,6 @@ from moec.runtime.device.gpu import GpuDevice
 from moec.runtime.package import DECODE, MAIN
 from moec.target.named import parse_for_ranks
 from tests.cuda_emulator.driver import stand_in, write_driver
-from tests.cuda_emulator.emulate import needs_compiler
 from tests.cuda_emulator.models import EmulatedGpu
 from tests.once import Once
 from tests.parallel.test_start import as_rank
@@ -97,7 +96,6 @@ def on_gpus(folder: Path, once: Once) -> Path:
     return once("gpus", fill) / "two.ranks"
 
 
-@needs_compiler
 def test_tokens_and_logits_of_transformers(on_gpus: Path, folder: Path, tmp_path: Path) -> None:
     """Two ranks, each on its GPU, by torchrun. Both functions: text, and the model as it is."""
     model = Qwen3MoeForCausalLM.from_pretrained(folder / "model")
@@ -122,7 +120,6 @@ def test_tokens_and_logits_of_transformers(on_gpus: Path, folder: Path, tmp_path
     np.testing.assert_allclose(np.array(result["logits"]), right, rtol=1e-5, atol=1e-6)
 
 
-@needs_compiler
 @pytest.mark.parametrize("form", FORMS_OF_RANKS)
 def test_every_form_of_exchange(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks as threads, one of which has no rows, on emulated kernels; beside the graph before it
@@ -142,7 +139,6 @@ def test_every_form_of_exchange(form: str, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(torch.cat(results), expected, rtol=1e-5, atol=1e-5)
 
 
-@needs_compiler
 def test_a_rank_has_its_kernels(on_gpus: Path, tmp_path: Path) -> None:
     assert manifest_of(on_gpus)[0].target == TARGET
     for function in (MAIN, DECODE):

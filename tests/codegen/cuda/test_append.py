@@ -13,16 +13,7 @@ from moec.codegen.cuda.append import append
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.ir.ops.dense.rotary import rotate_pairs
 from tests.cuda_emulator.bugs import Bug, check_found
-from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
-    needs_compiler,
-)
-
-pytestmark = needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 
 BATCH, ROOM, TOKENS, WIDTH = 2, 9, 3, 12
 # Angles of whole rows for each token, and of half a row for each token of each text.

@@ -19,9 +19,7 @@ from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.ir.ops.routing.routing import Routing, route_logits
 from tests.codegen.cuda.gemm.test_gemv import packed
 from tests.codegen.cuda.gemm.test_grouped import EAGER
-from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, emulated, needs_compiler
-
-pytestmark = needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, emulated
 
 EXPERTS, MODEL, HIDDEN = 8, 64, 32
 SHAPE = TileShape(32, 32, 64, warp_rows=1, warp_columns=2, stages=3)

@@ -9,16 +9,7 @@ from torch import Tensor
 from moec.codegen.cuda.norm import norm
 from moec.codegen.specs.norm import NormSpec
 from tests.cuda_emulator.bugs import Bug, check_found
-from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
-    needs_compiler,
-)
-
-pytestmark = needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 
 WIDTH = 300  # three warps, and a tail
 RMS = NormSpec("rms", WIDTH, 1e-6, "f32", "f32", "f32", residual=True)

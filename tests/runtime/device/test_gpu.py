@@ -31,7 +31,7 @@ from moec.runtime.device.device import device_of
 from moec.runtime.device.library import CPU, tvm_ffi
 from moec.runtime.package import Function, Launch, Port
 from moec.target import nvidia
-from tests.cuda_emulator.emulate import imported, needs_compiler
+from tests.cuda_emulator.emulate import imported
 
 BOTH = "cpu,cuda:sm_80,sm_90a"
 FACTORY = """
@@ -218,7 +218,6 @@ def test_experts_of_a_gpu_are_not_read_from_disk(example: Example) -> None:
 # ---- on a GPU -------------------------------------------------------------------------------
 
 
-@needs_compiler
 def test_run_copies_to_the_gpu_and_back(
     example: Example, tmp_path: Path, emulation: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +231,6 @@ def test_run_copies_to_the_gpu_and_back(
     np.testing.assert_allclose(y, example.y, rtol=1e-5)
 
 
-@needs_compiler
 def test_tensors_of_the_cpu_are_copied_only_if_that_is_asked_for(
     example: Example, emulation: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +244,6 @@ def test_tensors_of_the_cpu_are_copied_only_if_that_is_asked_for(
         model(x)
 
 
-@needs_compiler
 def test_weights_that_do_not_fit_are_refused_with_the_number(
     example: Example, emulation: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +252,6 @@ def test_weights_that_do_not_fit_are_refused_with_the_number(
         moec.load(example.path, device="cuda")
 
 
-@needs_compiler
 def test_outputs_that_do_not_fit_are_refused_with_the_number(
     example: Example, emulation: pytest.MonkeyPatch
 ) -> None:

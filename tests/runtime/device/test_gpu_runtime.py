@@ -19,9 +19,7 @@ from torch import Tensor, nn
 import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from tests.cuda_emulator.driver import for_stand_in, write_driver
-from tests.cuda_emulator.emulate import needs_compiler
 
-pytestmark = needs_compiler
 VOCABULARY, D, HEADS = 16, 8, 2
 
 

@@ -10,10 +10,8 @@ from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.codegen.package import build
 from moec.ir.graph import Module
 from tests.codegen.loops.test_ops import GROUPS, check, program
-from tests.cuda_emulator.emulate import SCHEDULES, SM_80, needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
-
-pytestmark = needs_compiler
 
 
 @cache

@@ -12,7 +12,7 @@ from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.model.compiled import CompiledModel
 from moec.runtime.package import DECODE, TENSOR_MAP
 from moec.runtime.text.texts import Texts
-from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, EmulationError
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
 from tests.models.captured import captured_module
 from tests.models.families import SMALL
@@ -64,7 +64,6 @@ def test_families_become_cuda_c(name: str, once: Once) -> None:
         assert all(f" {launch.name}(" in source for launch in launches)
 
 
-@needs_compiler
 @pytest.mark.parametrize("name", RUN)
 def test_emulated_models_equal_eager(name: str) -> None:
     dtype = RUN[name]
@@ -84,7 +83,6 @@ def test_emulated_models_equal_eager(name: str) -> None:
         assert _continued(model, run) <= NEAR[dtype]
 
 
-@needs_compiler
 def test_a_prompt_on_sm_90a_uses_wgmma() -> None:
     """160 rows of experts and 80 of linear layers are many."""
     model, compiled_model = compiled(

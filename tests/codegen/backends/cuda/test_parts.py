@@ -9,7 +9,7 @@ from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.codegen.package import build
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
-from tests.cuda_emulator.emulate import SCHEDULES, SM_80, needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
 
 TEXT = """graph main(x: f32[T, 512], q: bf16[B, 4, 1, 16], k: bf16[B, 2, L, 16]; w: f32[24, 512]) {
@@ -28,7 +28,6 @@ def model() -> EmulatedModel:
     return emulated_model(build(module, SM_80, backend=CUDA_TEXT))
 
 
-@needs_compiler
 def test_results_are_those_of_torch(model: EmulatedModel) -> None:
     """In parts, and in one part."""
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from moec.ir.interpret.evaluate import evaluate
 from moec.ir.text import parse as read
 from moec.passes.core.runner import run
 from moec.passes.quantise.quantise_experts import QuantiseExperts
-from tests.cuda_emulator.emulate import SCHEDULES, SM_80, needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80
 from tests.cuda_emulator.models import emulated_model
 
 GRAPH = """
@@ -44,7 +44,6 @@ def program(format: str) -> Program:
 
 
 @pytest.mark.parametrize("format", ["int8:asymmetric", "fp8:32", "mxfp4:rows16"])
-@needs_compiler
 def test_layers_equal_their_meaning(format: str) -> None:
     """A row halfway between two integers may be rounded to either: an error of a 127th of it."""
     quantised = program(format)

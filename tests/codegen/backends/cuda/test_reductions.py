@@ -18,10 +18,9 @@ from moec.ir.graph import Module
 from moec.runtime.package import Package
 from tests.codegen.loops.test_ops import INF, NAN, Many
 from tests.cuda_emulator.bugs import Bug, check_found
-from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Schedule, needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Schedule
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
 
-pytestmark = needs_compiler
 WIDTH = 70  # two turns of a warp and a part of a third
 
 # x, y: floats [T, 70] with NaN, infinities and ties; i: int64 [T, 70] from 0 to 5.

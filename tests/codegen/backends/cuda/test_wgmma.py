@@ -12,7 +12,7 @@ from moec.ir.graph import Module, Program
 from moec.ir.text import parse
 from moec.runtime.package import TENSOR_MAP, Package
 from moec.target.cuda import parse as parse_target
-from tests.cuda_emulator.emulate import SCHEDULES, needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES
 from tests.cuda_emulator.models import emulated_model
 
 EXPERTS = 2
@@ -65,7 +65,6 @@ def test_a_part_is_what_its_target_alone_would_be() -> None:
     assert both.launches.keys() == {"sm_80", "sm_90a", "sm_90"}
 
 
-@needs_compiler
 @pytest.mark.parametrize(("rows", "arch"), [(70, "sm_90a"), (3, "sm_90a"), (70, "sm_90")])
 def test_results_are_those_of_torch(rows: int, arch: str) -> None:
     """By wgmma, with so few rows that each is computed by a warp, and as PTX for later GPUs."""

@@ -11,16 +11,7 @@ from torch import Tensor
 from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.specs.attention import AttentionSpec
 from tests.cuda_emulator.bugs import Bug, check_found
-from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
-    needs_compiler,
-)
-
-pytestmark = needs_compiler
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 
 # Two query heads share one of keys; features beyond a warp, and a tail.
 CAUSAL = AttentionSpec("f32", 4, 2, 40, 24, 0.25, is_causal=True)

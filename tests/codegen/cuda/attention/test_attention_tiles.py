@@ -15,11 +15,6 @@ from tests.codegen.cuda.attention.attention_cases import (
     kernel,
 )
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug
-from tests.cuda_emulator.emulate import (
-    needs_compiler,
-)
-
-pytestmark = needs_compiler
 
 CAUSAL = AttentionSpec("bf16", 4, 2, 32, 16, 0.25, is_causal=True)
 CASES = {

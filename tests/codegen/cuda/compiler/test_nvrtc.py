@@ -16,7 +16,6 @@ from moec.codegen.specs.products import LinearSpec
 from moec.errors import TargetError
 from moec.target import nvidia
 from moec.target.cuda import TARGETS
-from tests.cuda_emulator.emulate import needs_compiler
 from tests.cuda_emulator.models import emulated_model
 from tests.models.families import FAMILIES
 
@@ -30,7 +29,6 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "nvcc", lambda: None)
 
 
-@needs_compiler
 def test_a_family_is_compiled_and_its_source_is_that_of_the_emulator() -> None:
     family = FAMILIES["mixtral"]
     model, inputs = family.build(torch.float32), family.inputs(1, 5)

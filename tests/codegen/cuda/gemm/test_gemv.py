@@ -17,18 +17,9 @@ from moec.codegen.cuda.gemm.layout import interleave
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from tests.cuda_emulator.bugs import Bug, check_found
-from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
-    needs_compiler,
-)
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 from tests.cuda_emulator.products import TORCH, UNIT
 from tests.cuda_emulator.routings import Routed, routed
-
-pytestmark = needs_compiler
 
 GATED = LinearSpec(16, 328, "bfloat16", groups=3, gated=True, bias=True)  # a tail of 72 in k
 PLAIN = {

@@ -44,12 +44,9 @@ from tests.cuda_emulator.emulate import (
     Schedule,
     each_schedule,
     emulated,
-    needs_compiler,
 )
 from tests.cuda_emulator.products import TORCH, UNIT
 from tests.cuda_emulator.routings import Routed, routed
-
-pytestmark = needs_compiler
 
 TINY = TileShape(32, 32, 64, warp_rows=1, warp_columns=2, stages=3)
 FLAT = TileShape(32, 32, 32, warp_rows=2, warp_columns=1, stages=4)

@@ -25,12 +25,9 @@ from tests.cuda_emulator.emulate import (
     Schedule,
     each_schedule,
     emulated,
-    needs_compiler,
 )
 from tests.cuda_emulator.products import TORCH
 from tests.cuda_emulator.routings import Routed, routed
-
-pytestmark = needs_compiler
 
 H100 = TARGETS["cuda:sm_90a"]
 PLAIN = LinearSpec(160, 320, "bfloat16", groups=3)

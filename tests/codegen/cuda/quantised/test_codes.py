@@ -27,18 +27,9 @@ from moec.ir.formats.integer import round_rows as rounded
 from moec.ir.formats.notation import Format, parse
 from moec.target.cuda import TARGETS
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
-from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
-    needs_compiler,
-)
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 from tests.cuda_emulator.products import TORCH
 from tests.cuda_emulator.routings import Routed, routed
-
-pytestmark = needs_compiler
 
 TINY_TILE = TileShape(32, 32, 64, warp_rows=2, warp_columns=1, stages=3)
 # k, whether gate and up are joined. Tails of k, of columns, blocks of less than a stage and more.

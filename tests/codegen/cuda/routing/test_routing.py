@@ -23,11 +23,8 @@ from tests.cuda_emulator.emulate import (
     Schedule,
     each_schedule,
     emulated,
-    needs_compiler,
 )
 from tests.cuda_emulator.products import TORCH, UNIT
-
-pytestmark = needs_compiler
 
 SHORT = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEEPSEEK_V3 = Routing(

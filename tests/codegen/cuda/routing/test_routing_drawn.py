@@ -15,18 +15,9 @@ from moec.codegen.specs.routing import CombineSpec, RouteSpec
 from moec.ir.ops.routing.routing import Routing, route_logits
 from tests.codegen.cuda.routing.test_routing import ROUTINGS, check_route
 from tests.cuda_emulator.bugs import Bug, check_found
-from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
-    needs_compiler,
-)
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 from tests.cuda_emulator.products import TORCH, UNIT
 from tests.cuda_emulator.routings import Routed, routed
-
-pytestmark = needs_compiler
 
 EXPERTS = 3
 PLAIN = CombineSpec(EXPERTS, 2, 37, "bfloat16", "bfloat16")
