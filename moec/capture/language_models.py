@@ -22,7 +22,7 @@ from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
 from moec.files.regular_file import read_regular
 from moec.ir.sizes.dims import Bounds
-from moec.runtime.text.prompt import FOLDER, template_notes
+from moec.runtime.text.prompt import FOLDER, text_notes
 from moec.sources.checkpoint.adapters.merge import merge_adapters
 from moec.sources.checkpoint.arrange import arrange
 from moec.sources.checkpoint.coverage import check_loading
@@ -77,7 +77,7 @@ def checkpoint_source(
     names = (name for name in TOKENIZER_FILES if (folder / name).is_file())
     files = {f"{FOLDER}{name}": read_regular(folder / name) for name in names}
     source = _with_adapters(model, weights, placed, adapters, example, files)
-    notes = (*hub_files.notes(folder), *source.notes, *loader.notes, *template_notes(files))
+    notes = (*hub_files.notes(folder), *source.notes, *loader.notes, *text_notes(files))
     return replace(source, name=hub_files.short_name(folder), notes=notes)
 
 
@@ -115,7 +115,7 @@ def gguf_source(
     check_loading(str(path), loading, images=False)
     example = args, kwargs or ({} if args else example_tokens(model, seq2seq=False))
     source = _with_adapters(model, weights, placed, adapters, example, files)
-    notes = (*hub_files.notes(path), *source.notes, *template_notes(files))
+    notes = (*hub_files.notes(path), *source.notes, *text_notes(files))
     return replace(source, name=path.name, notes=notes)
 
 

@@ -38,6 +38,10 @@ Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 MOST_LOGPROBS = 20
 MOST_VALUES = 1_000_000  # of a body, each of which takes time in Python
 DEEPEST = 100  # objects and lists in one another
@@ -100,12 +104,12 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     echo: bool = False
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] = []
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
-    top_p: Share = 1.0
-    top_k: Annotated[int, Meta(ge=-1)] = -1  # -1 and 0: all
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    typical_p: Share = 1.0
-    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None  # -1 and 0: all
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    typical_p: Share | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, Bias] = {}
@@ -131,14 +135,18 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
         return effort | self.chat_template_kwargs
 
-    @property
-    def sampling(self) -> Sampling:
+    def sampling(self, default: Sampling) -> Sampling:
+        """How tokens are drawn: what is given, else the model's default, where the temperature is 1
+        if that takes the likeliest token."""
+        if not default.temperature:
+            default = default.changed({"temperature": 1.0})
         bias = tuple((int(token), bias) for token, bias in self.logit_bias.items())
-        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        limits = self.top_p, max(self.top_k, 0) or None, self.seed, self.min_p, self.typical_p
+        values = {n: value for n in SAMPLING if (value := getattr(self, n)) is not None}
         if self.temperature == 0:  # the likeliest token is within any limits
-            limits = 1.0, None, None, 0.0, 1.0
-        return Sampling(self.temperature, *limits, *penalties, bias)
+            values = {n: values[n] for n in values if n == "temperature" or n.endswith("_penalty")}
+        elif self.top_k is not None:
+            values["top_k"] = max(self.top_k, 0) or None
+        return default.changed({**values, "logit_bias": bias})
 
     @property
     def scores(self) -> int | None:

@@ -115,6 +115,9 @@ def command(
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/v1"
         echo(f"{', '.join(models)} at {url}", err=True)
+        for name, service in models.items():
+            if drawn := service.tokenizer.sampling.temperature and str(service.tokenizer.sampling):
+                echo(f"{name}: where requests do not say, tokens are drawn with {drawn}", err=True)
         Server(ServedModels(models, families), rules, drain).run([listener])
 
 

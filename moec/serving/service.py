@@ -152,7 +152,7 @@ class Service:
         stop = frozenset(() if fields.ignore_eos else self.stop) | {*fields.stop_token_ids}
         request = Request(
             most,
-            fields.sampling,
+            fields.sampling(self.tokenizer.sampling),
             stop,
             least=fields.min_tokens,
             logprobs=0 if fields.scores is None and fields.best_of else fields.scores,

@@ -15,6 +15,7 @@ from moec.errors import ArtifactError, InputError, UsageError
 from moec.extras import missing_extra
 from moec.runtime.text.chats.chat import ChatTemplate, Message
 from moec.runtime.text.guide import Grammars
+from moec.runtime.text.sampling import GREEDY, Sampling, configured
 
 SPACE = "\u2581"  # a space in the tokens of SentencePiece
 
@@ -57,16 +58,19 @@ def _byte_characters() -> dict[str, int]:
 
 
 FOLDER = "tokenizer/"
+GENERATION = "generation_config.json"
 LONG = 10_000  # characters or tokens that take more than milliseconds
 
 
 @dataclass(frozen=True, repr=False)
 class Tokenizer:
-    """`stop` are the tokens that end a text; `template` is the chat template, None without one."""
+    """`stop` are the tokens that end a text; `template` is the chat template, None without one.
+    `sampling` is how the model's makers draw tokens."""
 
     tokenizer: Any
     stop: frozenset[int]
     template: ChatTemplate | None = None
+    sampling: Sampling = GREEDY
 
     def __repr__(self) -> str:
         chats = ", with a chat template" if self.template else ""
@@ -167,11 +171,16 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         raise ArtifactError(f"{FOLDER}tokenizer.json is malformed: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return Tokenizer(tokenizer, _stop(tokenizer, files), _template(files))
+    return Tokenizer(tokenizer, _stop(tokenizer, files), _template(files), _sampling(files))
 
 
-def template_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
-    """What is wrong with the chat template among an artifact's files, if that can be told here."""
+def text_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """What is wrong with the chat template and the sampling among an artifact's files, if that can
+    be told here."""
+    try:
+        _sampling(files)
+    except ArtifactError as error:
+        return (f"{error}: prompts are refused",)
     try:
         if template := _template(files):
             template.check()
@@ -200,7 +209,7 @@ def _template(files: Mapping[str, bytes]) -> ChatTemplate | None:
 
 
 def _stop(tokenizer: Any, files: Mapping[str, bytes]) -> frozenset[int]:
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, "config.json"):
         token_ids = _json(files, name).get("eos_token_id")
         if isinstance(token_ids, int):
             return frozenset([token_ids])
@@ -210,6 +219,13 @@ def _stop(tokenizer: Any, files: Mapping[str, bytes]) -> frozenset[int]:
     text = token.get("content") if isinstance(token, dict) else token
     token_ids = tokenizer.token_to_id(text) if isinstance(text, str) else None
     return frozenset() if token_ids is None else frozenset([token_ids])
+
+
+def _sampling(files: Mapping[str, bytes]) -> Sampling:
+    try:
+        return configured(_json(files, GENERATION))
+    except InputError as error:
+        raise ArtifactError(f"{FOLDER}{GENERATION}: {error}") from error
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +97,19 @@ class Sampling:
             if not math.isfinite(bias or 0):
                 raise InputError(f"logit_bias of token {token} is {bias}; it must be finite")
 
+    def __str__(self) -> str:
+        """What differs from taking the likeliest token; empty for nothing."""
+        values = {n: v for n, v in vars(self).items() if v not in (NEUTRAL.get(n), None, ())}
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
+    def changed(self, settings: Mapping[str, Any]) -> Sampling:
+        """With the fields that are given; a temperature of 0 ends the limits that are not.
+
+        Raises InputError as `Sampling`.
+        """
+        ended = {"top_k": None} | {name: NEUTRAL[name] for name in SHARES}
+        return replace(self, **{**(ended if settings.get("temperature") == 0 else {}), **settings})
+
     @property
     def penalises(self) -> bool:
         """Whether logits depend on the tokens before."""
@@ -108,6 +123,22 @@ def _is_a(value: object, *types: type) -> bool:
 
 
 GREEDY = Sampling()
+_CONFIGURED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+
+
+def configured(config: Mapping[str, Any]) -> Sampling:
+    """How the makers of a model draw its tokens, by generation_config.json as transformers reads
+    it: without do_sample the likeliest token is taken, and top_k 0 or -1 keeps all.
+
+    Raises InputError as `Sampling`.
+    """
+    settings = {name: config[name] for name in _CONFIGURED if config.get(name) is not None}
+    if settings.get("top_k") in (0, -1):
+        del settings["top_k"]
+    if not config.get("do_sample") or settings.get("temperature") == 0:
+        settings = {name: settings[name] for name in settings if name == "repetition_penalty"}
+        return Sampling(**settings)
+    return Sampling(**{"temperature": 1.0, **settings})
 
 
 def nucleus(scores: Array, sampling: Sampling) -> tuple[Array, Array]:

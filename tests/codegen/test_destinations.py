@@ -15,7 +15,6 @@ from moec.errors import ArtifactError, InputError
 from moec.runtime.artifact import artifact
 from moec.runtime.call.executor import Executor
 from moec.runtime.package import Port
-from tests.cuda_emulator.emulate import needs_compiler
 from tests.cuda_emulator.models import EmulatedGpu
 
 
@@ -73,7 +72,6 @@ def test_results_with_memory_of_their_own_and_known_sizes(
     assert model.package.main.destinations == ()  # results of a CPU are not copied anyway
 
 
-@needs_compiler
 def test_kernels_write_into_that_memory(compiled: tuple[Layers, moec.CompiledModel]) -> None:
     model, on_gpu = compiled
     assert on_gpu.for_gpu is not None
@@ -90,7 +88,6 @@ def test_kernels_write_into_that_memory(compiled: tuple[Layers, moec.CompiledMod
         spy.memory.clear()
 
 
-@needs_compiler
 def test_shapes_that_do_not_fit_are_refused_before_memory_is_allocated(
     compiled: tuple[Layers, moec.CompiledModel],
 ) -> None:

@@ -18,7 +18,6 @@ from moec.dynamo.record import FallbackError, FallbackWarning
 from moec.dynamo.training.gradients import IN_PYTORCH
 from moec.errors import NoMatch, TargetError
 from moec.target import nvidia
-from tests.cuda_emulator.emulate import needs_compiler
 from tests.cuda_emulator.models import EmulatedGpu
 from tests.dynamo.modules import Gathered
 
@@ -108,7 +107,6 @@ def sites(driver: pytest.MonkeyPatch) -> list[BlockSite]:
     return registered
 
 
-@needs_compiler
 def test_a_block_runs_on_the_kernels_of_its_gpu(sites: list[BlockSite]) -> None:
     """Also after a weight changed; weights that no kernel packs are read where PyTorch has them."""
     torch.manual_seed(0)

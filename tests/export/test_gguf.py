@@ -18,6 +18,7 @@ from moec.export.gguf_tokenizer import tokenizer_fields
 from moec.files.gguf import read_header
 from moec.ir.formats.integer import dequantise
 from moec.runtime.text.prompt import FOLDER, load_tokenizer
+from moec.runtime.text.sampling import Sampling
 from moec.sources.checkpoint.gguf.tokenizer import tokenizer_files
 from tests.sources.checkpoint.families import COMMON
 
@@ -206,10 +207,17 @@ def test_tokens(kind, pre):
     assert types[1:3] + types[count:] == [3, 3] + [5] * (720 - count)
     read, source = (
         load_tokenizer({f"{FOLDER}{name}": content for name, content in each.items()})
-        for each in (tokenizer_files({"general.architecture": "llama", **fields}), files)
+        for each in (
+            tokenizer_files({"general.architecture": "llama", **fields, **SAMPLING}),
+            files,
+        )
     )
+    assert (read.sampling, source.sampling) == (Sampling(0.95, top_k=20), Sampling())
     for text in TEXTS if kind == "piece" else (*TEXTS, AFTER_SPECIAL):
         assert read.encode(text, special=False) == source.encode(text, special=False)
+
+
+SAMPLING = {"general.sampling.temp": 0.949999988079071, "general.sampling.top_k": 20}
 
 
 def changed(content, **changes):

@@ -174,7 +174,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[
         (TEXT | {"best_of": 2, "n": 3}, "best_of", "it must be at least n, 3"),
         (TEXT | {"best_of": 2, "stream": True}, "best_of", "is not for streams"),
         (TEXT | {"temperature": 2.5}, "temperature", "expected `float` <= 2.0"),
-        (TEXT | {"temperature": "hot"}, "temperature", "expected `float`, got `str`"),
+        (TEXT | {"temperature": "hot"}, "temperature", "expected `float | null`, got `str`"),
         (TEXT | {"top_p": 0}, "top_p", "expected `float` > 0"),
         (TEXT | {"top_k": -2}, "top_k", "expected `int` >= -1"),
         (TEXT | {"n": 0}, "n", "expected `int` >= 1"),

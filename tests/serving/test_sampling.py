@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from click.testing import CliRunner
 from tokenizers import decoders, models, pre_tokenizers
 
 import moec
+from moec import __main__ as front
 from moec.runtime.text.prompt import bytes_of
+from moec.runtime.text.sampling import Sampling
+from moec.serving.fields import read_fields
 from tests.serving.running import CHAT, GREEDY, MODEL, PROMPT, TEXT, Running, continuation
 
 OPTIONS: list[dict[str, Any]] = [
@@ -166,3 +172,39 @@ def test_a_token_without_probability_is_valid_json(least: float) -> None:
     text = json.dumps([f(scores, lambda token: bytes([token])) for f in (of_chat, of_completion)])
     assert json.loads(text)[0]["content"][0]["logprob"] == -9999.0
     assert "Infinity" not in text
+
+
+def test_what_a_request_does_not_say_is_the_models() -> None:
+    body = {"prompt": "a", "seed": 1}
+    model = Sampling(temperature=0.6, top_k=20, repetition_penalty=1.1)
+    for fields, default, sampling in (
+        ({}, Sampling(), Sampling(1.0, seed=1)),
+        ({"temperature": None}, model, replace(model, seed=1)),
+        ({"top_k": 0, "top_p": 0.5}, model, replace(model, top_k=None, top_p=0.5, seed=1)),
+        ({"temperature": 0, "top_p": 0.5}, model, Sampling(repetition_penalty=1.1)),
+    ):
+        assert read_fields(body | fields, chat=False).sampling(default) == sampling
+
+
+def test_commands_draw_as_the_model_says(
+    compiled_tiny_moe: moec.CompiledModel, tmp_path: Path
+) -> None:
+    config = {"do_sample": True, "temperature": 1.5, "top_k": 9, "eos_token_id": 0}
+    files = dict(compiled_tiny_moe.source.files)
+    files["tokenizer/generation_config.json"] = json.dumps(config).encode()
+    source = replace(compiled_tiny_moe.source, files=files)
+    replace(compiled_tiny_moe, source=source).save(tmp_path / "m.moec")
+    model = moec.load(tmp_path / "m.moec")
+    sampled = model.generate("def ", max_new_tokens=9, temperature=1.5, top_k=9, seed=3)
+    for words, says, text in (
+        (["--seed", "3"], "temperature 1.5, top_k 9, seed 3; --temperature 0", sampled),
+        (["--temperature", "0"], "", model.generate("def ", max_new_tokens=9)),
+    ):
+        prompt = ["run", str(tmp_path / "m.moec"), "--prompt", "def ", "--max-new-tokens", "9"]
+        result = CliRunner().invoke(front.cli, [*prompt, *words], prog_name="moec")
+        assert result.stdout == text.removeprefix("def ") + "\n"
+        assert ("tokens are drawn with" in result.stderr) == bool(says)
+        assert says in result.stderr
+    chat = ["chat", str(tmp_path / "m.moec"), "--top-p", "0"]
+    result = CliRunner().invoke(front.cli, chat, prog_name="moec")
+    assert "top_p is 0.0; it must be above 0" in result.stderr

@@ -15,7 +15,7 @@ import click
 
 from moec.commands.execution.draft import open_draft
 from moec.commands.execution.prompts import completed, continue_prompts
-from moec.commands.options.sampling import sampling_of, sampling_options
+from moec.commands.options.sampling import sampling_line, sampling_of, sampling_options
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.os_errors import reason
@@ -42,11 +42,11 @@ class TextOptions:
     stop: tuple[str, ...]
     batch: int
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float | None
+    top_p: float | None
     top_k: int | None
-    min_p: float
-    repetition_penalty: float
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
     speculate: int | str
     draft: Path | None = None
@@ -169,6 +169,7 @@ def write_texts(
     from moec.runtime.text.generate import slow
     from moec.runtime.text.prompt import load_tokenizer
     from moec.runtime.text.request import BeamOptions, Request
+    from moec.runtime.text.sampling import GREEDY
 
     if (why := slow(executor)) and not quiet:
         echo(
@@ -181,8 +182,11 @@ def write_texts(
     early: bool | str = {"true": True, "false": False}.get(options.early_stopping, "never")
     beams = BeamOptions(options.beams, options.length_penalty, early)
     beams.check_alone(["--stop"] if options.stop else [])
+    sampling = sampling_of(vars(options), tokenizer.sampling if beams.count == 1 else GREEDY)
+    if not quiet and (line := sampling_line(sampling)):
+        echo(line, err=True)
     request = Request(
-        options.max_new_tokens, sampling_of(vars(options)), stop, speculate=options.speculate,
+        options.max_new_tokens, sampling, stop, speculate=options.speculate,
         draft=open_draft(options.draft, executor, lambda: tokenizer), beams=beams,
     )  # fmt: skip
     if options.prompts is not None:

@@ -36,20 +36,21 @@ def sampling_options(command: F) -> F:
             "--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."
         ),
         click.option(
-            "--temperature", type=float, default=0.0, show_default=True,
-            help="0 chooses the likeliest token; greater values sample.",
+            "--temperature", type=float,
+            help="0 chooses the likeliest token; greater values sample. This and the next four are "
+            "by default what the model's generation_config.json says, else 0 and no limit.",
         ),
         click.option(
-            "--top-p", type=float, default=1.0, help="Sample from the likeliest tokens whose "
+            "--top-p", type=float, help="Sample from the likeliest tokens whose "
             "probabilities sum to this."
         ),
         click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
         click.option(
-            "--min-p", type=float, default=0.0,
+            "--min-p", type=float,
             help="Sample from tokens at least this many times as likely as the likeliest.",
         ),
         click.option(
-            "--repetition-penalty", type=float, default=1.0,
+            "--repetition-penalty", type=float,
             help="Divides the scores of tokens that came before; 1 changes nothing.",
         ),
         click.option(
@@ -62,8 +63,14 @@ def sampling_options(command: F) -> F:
     return command
 
 
-def sampling_of(options: Mapping[str, Any]) -> Sampling:
-    """How tokens are drawn, by options under their names. Raises InputError as `Sampling`."""
-    from moec.runtime.text.sampling import Sampling
+def sampling_of(options: Mapping[str, Any], default: Sampling) -> Sampling:
+    """How tokens are drawn, by the options that are given under their names, else by the model's
+    default. Raises InputError as `Sampling`."""
+    return default.changed({name: options[name] for name in NAMES if options[name] is not None})
 
-    return Sampling(**{name: options[name] for name in NAMES})
+
+def sampling_line(sampling: Sampling) -> str:
+    """What to say of it before the first token; empty where the likeliest is taken."""
+    if not sampling.temperature:
+        return ""
+    return f"tokens are drawn with {sampling}; --temperature 0 takes the likeliest"

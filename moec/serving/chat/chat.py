@@ -21,7 +21,7 @@ from moec.commands.execution.engine import (
 from moec.commands.execution.memory import store_answer
 from moec.commands.execution.text import decoded
 from moec.commands.options.options import json_option
-from moec.commands.options.sampling import sampling_of, sampling_options
+from moec.commands.options.sampling import sampling_line, sampling_of, sampling_options
 from moec.commands.output.logs import log_options
 from moec.files.printable import printable
 
@@ -57,9 +57,10 @@ def command(
     """
     check_one_process(artifact)
     from moec.runtime.text.request import Request
+    from moec.runtime.text.sampling import Sampling
     from moec.serving.chat.answer import Chat
 
-    sampling = sampling_of(options)
+    sampling_of(options, Sampling(temperature=1.0))  # what no model can mend is refused now
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if in_terminal:  # before the model loads, as it may lack an extra
         from moec.serving.chat.terminal import converse, history_file, new_session, note
@@ -68,6 +69,7 @@ def command(
     compiled = artifact_of(artifact, as_json)
     model, texts, ends = open_engine(compiled, 1, engine_of(options))
     model.tokenizer.check_chat()
+    sampling = sampling_of(options, model.tokenizer.sampling)
     most, speculate = max_new_tokens or texts.room, options["speculate"]
     draft = open_draft(options["draft"], model.executor, lambda: model.tokenizer)
     request = Request(most, sampling, ends, speculate=speculate, draft=draft)
@@ -85,7 +87,8 @@ def command(
     from rich.console import Console
 
     console = Console()
-    note(console, f"{artifact.name}, {texts.room:,} tokens; /help lists the commands\n", "dim")
+    note(console, f"{artifact.name}, {texts.room:,} tokens; /help lists the commands", "dim")
+    note(console, sampling_line(sampling) + "\n", "dim")
     converse(chat, session, console)
     store_answer(model.executor, silent=False)
 

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 from moec.errors import InputError
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampler import Sampler
-from moec.runtime.text.sampling import Logprobs, Sampling, logprobs, nucleus
+from moec.runtime.text.sampling import Logprobs, Sampling, configured, logprobs, nucleus
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 
@@ -201,3 +201,31 @@ def test_log_probabilities_are_those_of_the_model() -> None:
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampling"),
+    [
+        ({}, Sampling()),
+        ({"temperature": 0.6, "top_p": 0.9}, Sampling()),  # as transformers, without do_sample
+        ({"repetition_penalty": 1.1, "top_k": 5}, Sampling(repetition_penalty=1.1)),
+        ({"do_sample": True}, Sampling(temperature=1.0)),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, Sampling()),
+        ({"do_sample": True, "temperature": None, "top_k": 0}, Sampling(temperature=1.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 1},
+            Sampling(temperature=0.6, top_k=20, top_p=0.95),
+        ),
+    ],
+)
+def test_what_the_makers_of_a_model_say(config: dict[str, Any], sampling: Sampling) -> None:
+    assert configured(config) == sampling
+
+
+def test_a_given_field_replaces_the_default() -> None:
+    default = Sampling(temperature=0.6, top_k=20, repetition_penalty=1.1)
+    assert default.changed({"top_p": 0.5}) == Sampling(0.6, 0.5, 20, repetition_penalty=1.1)
+    assert default.changed({"temperature": 0.0}) == Sampling(repetition_penalty=1.1)
+    assert str(default) == "temperature 0.6, top_k 20, repetition_penalty 1.1"
+    with pytest.raises(InputError, match="top_k: temperature 0 does not sample"):
+        default.changed({"temperature": 0.0, "top_k": 4})

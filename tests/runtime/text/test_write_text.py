@@ -23,7 +23,7 @@ from moec.__main__ import cli
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.artifact import artifact
 from moec.runtime.text.chats.chat import ChatTemplate, TemplateProcess
-from moec.runtime.text.prompt import load_tokenizer, template_notes
+from moec.runtime.text.prompt import load_tokenizer, text_notes
 from moec.runtime.text.write_text import StopCut
 from tests.runtime import toy
 
@@ -153,8 +153,8 @@ def test_a_malformed_template_is_noted_when_the_model_is_compiled(
     (note,) = [note for note in compiled.source.notes if "template" in note]
     assert note.startswith("the chat template is malformed: line 2: ")
     assert note.endswith(": chats are refused")
-    assert template_notes({"tokenizer/chat_template.jinja": b"{{ bos_token }}"}) == ()
-    assert template_notes({}) == ()
+    assert text_notes({"tokenizer/chat_template.jinja": b"{{ bos_token }}"}) == ()
+    assert text_notes({}) == ()
 
 
 def test_a_template_without_end_is_ended() -> None:

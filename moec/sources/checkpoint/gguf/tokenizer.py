@@ -23,6 +23,13 @@ _SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 _TYPES = ("gpt2", "llama")
 
 
@@ -54,11 +61,19 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
         raise CaptureError(f"its tokenizer cannot be read: {error}") from error
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     generation = {"eos_token_id": sorted({end for end in ends if isinstance(end, int)})}
+    generation |= _sampling(fields)
     return {
         "tokenizer.json": tokenizer.backend_tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(settings).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
+
+
+def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """How the makers draw tokens, as llama.cpp reads it; floats with the digits that were meant."""
+    named = {name: fields.get(f"general.sampling.{key}") for name, key in _SAMPLING.items()}
+    settings = {n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in named.items()}
+    return {"do_sample": True} | settings if named["temperature"] else settings
 
 
 def _check(stored: Mapping[str, Any]) -> None:
