@@ -255,14 +255,6 @@ def exp2(x: Expr) -> Expr:
     return T.call_extern("float32", "exp2f", x)
 
 
-def erf(x: Expr) -> Expr:
-    return T.call_extern("float32", "erff", x)
-
-
-def tanh(x: Expr) -> Expr:
-    return T.call_extern("float32", "tanhf", x)
-
-
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
     """a * b + c, rounded once."""
     return T.call_extern("float32", "fmaf", a, b, c)

@@ -62,7 +62,6 @@ class TileShape:
 
 LARGE = TileShape(128, 128, 32, warp_rows=2, warp_columns=4, stages=4)
 """For 64 rows per expert and more."""
-MIDDLE = TileShape(64, 128, 64, warp_rows=2, warp_columns=2, stages=3)
 SMALL = TileShape(16, 128, 64, warp_rows=1, warp_columns=4, stages=4)
 """For decoding: a few rows per expert."""
 FLOATS = TileShape(128, 64, 32, warp_rows=4, warp_columns=2, stages=3)

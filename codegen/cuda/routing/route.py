@@ -28,7 +28,6 @@ from moec.codegen.cuda.instructions import (
     warp_sum,
 )
 from moec.codegen.cuda.routing.ranks import LOWEST, TAKEN, float_of, rank_of
-from moec.codegen.cuda.routing.sparsemixer import sparsemixer
 from moec.codegen.specs.routing import RouteSpec
 from moec.dtypes import HALVES, LONG_NAMES
 from moec.errors import NoMatch
@@ -95,6 +94,8 @@ def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
 
 def check(spec: RouteSpec) -> None:
     """Raises NoMatch for routers that this kernel does not support."""
+    if spec.routing.score == "sparsemixer":
+        raise NoMatch("a sparsemixer has no CUDA kernel")
     if spec.routing.k > WARP:
         raise NoMatch(f"{spec.routing.k} choices of a token are more than the lanes of a warp")
     if spec.routing.groups > WARP:
@@ -139,13 +140,6 @@ def _route(
     for turn in r.turns:
         T.buffer_store(r.shared_scores, r.scores[turn], [base + r.expert(turn)])
     _rank(r, correction)
-    if routing.score == "sparsemixer":
-        experts = [T.bind(r.expert(turn)) for turn in r.turns]
-        weight, expert = sparsemixer(
-            routing, r.scores, r.ranks, r.lane, experts, r.spec.num_experts
-        )
-        _store(r, weight, expert, weights, chosen, token)
-        return
     if routing.groups > 1:
         _keep_best_groups(r)
     warp_barrier()
@@ -160,14 +154,8 @@ def _route(
             T.buffer_store(weight, r.shared_scores[base + best], [0])
     _score(weight, 1, routing.after)
     _scale(weight, r.lane, routing)
-    _store(r, weight, expert, weights, chosen, token)
-
-
-def _store(
-    r: _Router, weight: Buffer, expert: Buffer, weights: Buffer, chosen: Buffer, token: Expr
-) -> None:
-    dtype = LONG_NAMES[r.spec.routing.dtype]
-    with T.If(r.lane < r.spec.routing.k), T.Then():
+    dtype = LONG_NAMES[routing.dtype]
+    with T.If(r.lane < routing.k), T.Then():
         T.buffer_store(weights, T.cast(weight[0], dtype), [token, r.lane])
         T.buffer_store(chosen, T.cast(expert[0], "int64"), [token, r.lane])
 
