@@ -14,8 +14,7 @@ from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import read_cluster
 from moec.plan.plan import show
 from moec.plan.report import text
-from moec.plan.search.planner import Planner
-from moec.plan.search.uniform import best_uniform
+from moec.plan.search.planner import Planner, best_uniform
 
 ROUTING = "lognormal:1"
 

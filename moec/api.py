@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch.export import ExportedProgram
@@ -12,9 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from moec.arguments import (
     allowed_budget,
+    both_targets,
     cast,
     check_tf32,
     example_inputs,
+    target_of,
     text,
     tolerance,
     verification,
@@ -24,6 +27,7 @@ from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import local_model
 from moec.capture.source import Source
+from moec.codegen.backends import backend_for
 from moec.errors import UsageError
 from moec.ir.formats.notation import Quantisation, parse_parts, with_float_rows
 from moec.ir.graph import stage_of
@@ -40,7 +44,6 @@ from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_hidden_states, with_recording, with_routers
 from moec.model.sides import with_sides
-from moec.model.targets import choose_targets
 from moec.options import CompileKeywords, CompileOptions, read_options
 from moec.passes.approximate.choices.choose_experts import check_applied
 from moec.passes.approximate.training.recover_routers import RecoverRouters
@@ -60,6 +63,12 @@ from moec.pipeline import (
 from moec.report.data import QuantisedLine
 from moec.report.quantisation import quantised_lines
 from moec.runtime.process.gc_pause import gc_paused
+from moec.target.cpu import CpuTarget
+
+if TYPE_CHECKING:
+    from moec.codegen.backend import Backend
+    from moec.target.cuda import CudaTarget
+    from moec.target.named import AnyTarget
 
 
 @gc_paused()
@@ -228,3 +237,39 @@ def _elements(model: Any) -> int:
         else (*model.parameters(), *model.buffers())
     )
     return sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """`target` with its backend; `beside` is a GPU for which code is generated too, or None."""
+
+    target: AnyTarget
+    backend: Backend
+    beside: CudaTarget | None = None
+    beside_backend: Backend | None = None
+
+    @property
+    def only_cpus(self) -> bool:
+        return isinstance(self.target, CpuTarget) and self.beside is None
+
+
+def choose_targets(target: Any, backend: Backend | None, *, builds: bool, runs: bool) -> Targets:
+    """The targets by name, with `backend` in place of the one of its kind. `builds` is True where
+    code is generated, `runs` where it runs here.
+
+    Raises TargetError and UsageError where a name, a tool or an instruction is missing, now rather
+    than after minutes.
+    """
+    target, beside = both_targets(target)
+    of_beside = None
+    if backend is not None and beside is not None and backend.kind == beside.kind:
+        of_beside, backend = backend, None
+    target = target_of(target, run=runs)
+    backend = backend or backend_for(target)
+    if beside is not None:
+        of_beside = of_beside or backend_for(beside)
+    if builds:
+        backend.ready(target)
+        if beside is not None and of_beside is not None:
+            of_beside.ready(beside)
+    return Targets(target, backend, beside, of_beside)

@@ -38,7 +38,6 @@ import platformdirs
 
 from moec.errors import UsageError
 from moec.files.os_errors import reason
-from moec.files.private_folder import others_may_change
 
 OBJECTS, LIBRARIES, RUNS = "objects", "libraries", "runs"
 ARTIFACTS, MODELS = "artifacts", "models"
@@ -317,3 +316,21 @@ def _trim(store: Store, newest: set[Path]) -> None:
         if entry.path not in newest:
             entry.path.unlink(missing_ok=True)
             total -= entry.size
+
+
+def others_may_change(path: Path) -> Path | None:
+    """The folder, `path` or one that it is in, whose content other users may replace; None where
+    only the user and root may. A group with the number of its user has nobody else in it."""
+    if not hasattr(os, "geteuid"):
+        return None
+    trusted = (0, os.geteuid())
+    paths = {Path(form) for form in (os.path.abspath(path), os.path.realpath(path))}
+    for folder in sorted({folder for p in paths for folder in (p, *p.parents)}):
+        state = folder.stat()
+        alone = state.st_gid == state.st_uid
+        writable = state.st_mode & (stat.S_IWOTH | (0 if alone else stat.S_IWGRP))
+        sticky = state.st_mode & stat.S_ISVTX and folder not in paths  # what is in it stays its own
+        owners = {state.st_uid, folder.lstat().st_uid}
+        if not owners <= {*trusted} or (writable and not sticky):
+            return folder
+    return None

@@ -25,8 +25,8 @@ from torch import Tensor
 from tvm.ir import Expr
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.linear import gathered_linear, grouped_linear
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.vector import Vector

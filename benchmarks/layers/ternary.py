@@ -35,8 +35,8 @@ from moec.arguments import target_of  # noqa: E402
 from moec.codegen.build import compile_kernels  # noqa: E402
 from moec.codegen.cpu.compressed.grouped import compressed_linear  # noqa: E402
 from moec.codegen.cpu.compressed.weights import table  # noqa: E402
-from moec.codegen.cpu.gemm.grouped import grouped_linear  # noqa: E402
 from moec.codegen.cpu.gemm.layout import Layout  # noqa: E402
+from moec.codegen.cpu.gemm.linear import grouped_linear  # noqa: E402
 from moec.codegen.cpu.gemm.pack import pack  # noqa: E402
 from moec.codegen.cpu.quantised.layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.quantised.round_rows import round_rows  # noqa: E402

@@ -19,8 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import moec
-from moec.runtime.call.executor import load
-from moec.runtime.call.recording import record_routing
+from moec.runtime.call.executor import load, record_routing
 from moec.runtime.process.threads import set_threads
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,8 +29,7 @@ from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import Cluster, read_cluster
 from moec.plan.placement.eplb import rebalance
 from moec.plan.plan import Plan
-from moec.plan.search.planner import Planner
-from moec.plan.search.uniform import best_uniform
+from moec.plan.search.planner import Planner, best_uniform
 from moec.plan.simulation.simulate import Ids, drawn, of_trace, simulate
 from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 

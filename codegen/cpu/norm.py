@@ -15,10 +15,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu import parallel, rounding
+from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
-from moec.codegen.cpu.vector import Vector
+from moec.codegen.cpu.vector import Vector, rounded
 from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cpu import CpuTarget
@@ -80,7 +80,7 @@ def _row(c: _Rows, t: Expr) -> None:
         def add(d: Expr, count: Expr | None) -> None:
             x = c.load(c.x, (t, d), count)
             if spec.scale is not None:
-                x = rounding.rounded(v, x * v.splat(spec.scale), LONG_NAMES[spec.x])
+                x = rounded(v, x * v.splat(spec.scale), LONG_NAMES[spec.x])
             c.store(source, t, d, x + c.load(residual, (t, d), count), count)
 
         _sweep(c, add)
@@ -95,7 +95,7 @@ def _row(c: _Rows, t: Expr) -> None:
     def finish(d: Expr, count: Expr | None) -> None:
         y = (c.load(source, (t, d), count) - mean) * scale
         if spec.round_first:
-            y = rounding.rounded(v, y, LONG_NAMES[spec.x])
+            y = rounded(v, y, LONG_NAMES[spec.x])
         if c.weight is not None:
             weight = c.load(c.weight, (d,), count)
             y = y * (weight + v.splat(1.0) if spec.plus_one else weight)

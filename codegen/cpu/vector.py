@@ -20,7 +20,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
+from moec.codegen.cpu.llvm.constants import ERF_P, ERF_Q, TANH_P, TANH_Q
 from moec.target.cpu import CpuTarget
 
 _TANH_LIMIT = 7.90531110763549805
@@ -270,3 +270,36 @@ class Vector:
 
     def _raw(self, dtype: str, name: str, *args: Expr) -> Expr:
         return T.call_extern(dtype, f"moec_{name}_{self.lanes}", *args)
+
+
+def rounded(v: Vector, x: Expr, dtype: str) -> Expr:
+    """x as it would be read back from a buffer of TVM's `dtype`."""
+    if dtype == "float32":
+        return x
+    return T.bind(T.call_extern(v.dtype, f"moec_round_{dtype}_{v.lanes}", x))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Functions on float32 vectors of `v.lanes` lanes, for softmax over many of them."""
+
+    v: Vector
+
+    def exp(self, x: Expr) -> Expr:
+        """exp(x) for x <= 0, within 1e-7 (absolute); 0 below -88; NaN stays NaN."""
+        return T.bind(self._call(self.v.dtype, "soft_exp", x))
+
+    def top(self, x: Expr) -> Expr:
+        """The greatest lane as a scalar; a NaN may or may not win."""
+        return T.bind(self._call("float32", "top", x))
+
+    def sums(self, vectors: Sequence[Expr]) -> Expr:
+        """`lanes` vectors -> one vector of the sum of each, added as trees."""
+        return T.bind(self._call(self.v.dtype, "sums", *vectors))
+
+    def round_pairs(self, x: Expr) -> Expr:
+        """The lanes rounded to bf16, as half as many int32; needs `target.bf16_dot`."""
+        return self._call(f"int32x{self.v.lanes // 2}", "round_pairs", x)
+
+    def _call(self, dtype: str, name: str, *args: Expr) -> Expr:
+        return T.call_extern(dtype, f"moec_{name}_{self.v.lanes}", *args)

@@ -16,8 +16,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, barrier, warp_sum
-from moec.codegen.cuda.scan import each
+from moec.codegen.cuda.instructions import WARP, barrier, each, warp_sum
 from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget

@@ -21,11 +21,10 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu import parallel
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.cells import Cell
+from moec.codegen.loops.cells import Cell, Writes
 from moec.codegen.loops.index import Index, Position, Sizes
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
-from moec.codegen.loops.writes import Writes
 from moec.dtypes import HALVES
 from moec.ir.aten import named
 from moec.ir.graph import Op, Value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.codegen.loops.elements import arithmetic, create, functions
+from moec.codegen.loops.elements import arithmetic, functions
 from moec.codegen.loops.layers import moe, rotary
 from moec.codegen.loops.moves import join, lookup, move, reshape, scatter
 from moec.codegen.loops.reductions import matrix, moments, order, reduce, softmax
@@ -10,7 +10,6 @@ from moec.codegen.loops.rules import EMIT
 
 FILLED_BY = (
     arithmetic,
-    create,
     functions,
     join,
     lookup,

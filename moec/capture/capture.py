@@ -20,8 +20,7 @@ from moec.capture.export.module_export import convert, from_start, symbol_names
 from moec.capture.repeated import capture_repeated
 from moec.capture.request import CaptureRequest, request_of
 from moec.capture.sizes.axis_groups import AxisGroup
-from moec.capture.sizes.constant_sizes import fold_constant_sizes
-from moec.capture.sizes.fixed_axes import fixed, lost_axes
+from moec.capture.sizes.fixed_axes import fixed, fold_constant_sizes, lost_axes
 from moec.capture.sizes.fixed_axes import notes as fixed_notes
 from moec.capture.sizes.guard_text import guards_in_text
 from moec.capture.sizes.guards import CaptureForm

@@ -25,12 +25,11 @@ from moec.ir.sizes.dims import Bounds
 from moec.runtime.text.prompt import FOLDER, text_notes
 from moec.sources.checkpoint.adapters.merge import merge_adapters
 from moec.sources.checkpoint.arrange import arrange
-from moec.sources.checkpoint.coverage import check_loading
 from moec.sources.checkpoint.gguf.model import configuration
 from moec.sources.checkpoint.gguf.rotary import divide_frequencies, frequency_factors
 from moec.sources.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.sources.checkpoint.gguf.weights import dtype_of, map_gguf
-from moec.sources.checkpoint.load import check_config, load_model
+from moec.sources.checkpoint.load import check_config, check_loading, load_model
 from moec.sources.checkpoint.table import GGUF, format_of, quantization_of
 from moec.sources.checkpoint.tensors import map_folder
 from moec.sources.checkpoint.weight import CheckpointWeight, in_few_bits

@@ -18,7 +18,7 @@ from typing import Any
 
 from moec.codegen.cpu import link
 from moec.errors import TargetError
-from moec.runtime.process.cpu_quota import cpu_quota
+from moec.runtime.process.memory_limit import cpu_quota
 from moec.runtime.process.threads import affine, available
 from moec.target import cpu as target
 from moec.target import nvidia

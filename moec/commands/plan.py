@@ -167,7 +167,7 @@ def command(
     from moec.plan.plan import physical_to_logical, read_plan, show, write_plan
     from moec.plan.report import text
     from moec.plan.report.heat_map import check_picture_name
-    from moec.plan.search.uniform import best_uniform
+    from moec.plan.search.planner import best_uniform
 
     for path in (output, placement, picture, measure):
         if path:

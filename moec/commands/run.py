@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from moec.commands.execution.memory import limit_of, start_limited, store_answer
 from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
 from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
+from moec.commands.options.files import check_writable
 from moec.commands.options.options import (
     json_option,
     memory_option,
@@ -116,7 +119,6 @@ def command(
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
-    from moec.commands.options.recording import check_trace, recorded
     from moec.runtime.arrays.tensor_files import check_suffix
     from moec.runtime.artifact import artifact as artifacts
     from moec.runtime.call.executor import start
@@ -233,3 +235,28 @@ def _run(
         write_tensors(output, outputs)
     dtypes = {port.name: port.dtype for port in executor.package.main.outputs}
     return {n: {"dtype": dtypes[n], "shape": list(a.shape)} for n, a in outputs.items()}
+
+
+def check_trace(path: Path) -> None:
+    """Raises UsageError, before anything runs, where no trace could be written to `path`."""
+    if path.suffix != ".npz":
+        raise UsageError(f"--record-routing {path}: the name must end in .npz")
+    check_writable(path, f"--record-routing {path}")
+
+
+@contextmanager
+def recorded(executor: Executor, path: Path | None) -> Iterator[None]:
+    """While open, record the choices of routers, and write them to `path`; without a path, nothing.
+
+    Raises InputError where the model was compiled without `--record-routing`. Nothing is written
+    where the block raises.
+    """
+    if path is None:
+        yield
+        return
+    from moec.runtime.call.executor import record_routing
+    from moec.runtime.call.routing_trace import save_trace
+
+    with record_routing(executor) as recorder:
+        yield
+    save_trace(recorder.trace(), path)

@@ -24,8 +24,13 @@ from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.state.reach import values_kept
-from moec.dynamo.forwards import FORWARDS, previous_forward, replace_forward, restore_forward
-from moec.dynamo.layer_graph import torch_function
+from moec.dynamo.layer_graph import (
+    FORWARDS,
+    previous_forward,
+    replace_forward,
+    restore_forward,
+    torch_function,
+)
 from moec.dynamo.record import Fallback
 from moec.errors import CaptureError, NoMatch
 from moec.ir.aten import TORCH_DTYPES

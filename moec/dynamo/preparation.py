@@ -19,7 +19,7 @@ import torch
 from moec.capture.export.huggingface import switch_experts
 from moec.dynamo.captured_layers import capture_layers
 from moec.dynamo.compiler import backend
-from moec.dynamo.forwards import previous_forward, replace_forward, restore_forward
+from moec.dynamo.layer_graph import previous_forward, replace_forward, restore_forward
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.skipped import watch
 from moec.errors import UsageError

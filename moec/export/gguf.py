@@ -24,8 +24,7 @@ from moec.export.gguf_tokenizer import tokenizer_fields
 from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
-from moec.files.regular_file import read_regular
-from moec.files.whole_file import whole_file
+from moec.files.regular_file import read_regular, whole_file
 from moec.files.whole_folder import check_room
 from moec.sources.checkpoint.conversion import Group
 from moec.sources.checkpoint.gguf.architectures import ARCHITECTURES, INTEGERS, REALS

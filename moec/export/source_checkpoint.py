@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.capture import Captured
 from moec.capture.auto_class import auto_class
 from moec.capture.hub import hub_off, own_config
 from moec.files.checkpoint import CONFIG
 from moec.files.regular_file import read_regular
+from moec.passes.core.runner import PassResult
+from moec.report.data import QuantisedLine
 from moec.sources.checkpoint.conversion import Conversion, conversion_of
-from moec.sources.checkpoint.coverage import check_experts
-from moec.sources.checkpoint.load import check_config, empty_model
+from moec.sources.checkpoint.load import check_config, check_experts, empty_model
 from moec.sources.checkpoint.table import format_of, quantization_of
 from moec.sources.checkpoint.tensors import map_folder
 from moec.sources.checkpoint.weight import CheckpointWeight
@@ -44,3 +46,14 @@ def open_checkpoint(folder: Path) -> SourceCheckpoint:
     with hub_off():
         empty = empty_model(auto_class(folder, fields, ()).auto, own_config(folder))
     return SourceCheckpoint(fields, weights, conversion_of(empty))
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A model after its passes: the last of `pass_results` has the graph to export. `quantised` has
+    a line for each module whose weights became codes; `name` is for messages."""
+
+    name: str
+    captured: Captured
+    pass_results: tuple[PassResult, ...]
+    quantised: tuple[QuantisedLine, ...]

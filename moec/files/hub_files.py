@@ -29,8 +29,8 @@ from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import ADAPTER_CONFIG
 from moec.files.hub_errors import HubDown, explained
 from moec.files.hub_transfer import fetch
+from moec.files.regular_file import whole_file
 from moec.files.safetensors import INDEX, SINGLE
-from moec.files.whole_file import whole_file
 from moec.spelling import did_you_mean, did_you_mean_file
 
 LOGGER = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from moec.model.generate import TextModel, Writer
 from moec.oracle.tolerance import default_tolerance
 from moec.report.units import counted
 from moec.runtime.call.arguments import Choices, bind, call, routed, routers
+from moec.runtime.call.executor import record_routing
 from moec.runtime.call.recorder import Recorder
-from moec.runtime.call.recording import record_routing
 from moec.runtime.package import MAIN
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 from moec.target.named import missing_features
@@ -216,7 +216,7 @@ class CompiledModel(TextModel, Compilation):
         UsageError.
         """
         from moec.export.onnx import export
-        from moec.export.transformed import Transformed
+        from moec.export.source_checkpoint import Transformed
 
         compare = verify is not False
         limit = tolerance(verify)

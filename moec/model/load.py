@@ -12,9 +12,8 @@ from moec.errors import UsageError
 from moec.model.generate import TextModel, Writer
 from moec.runtime.artifact.artifact import Artifact, read
 from moec.runtime.call.arguments import Choices, call, routed, routers
-from moec.runtime.call.executor import Executor, start
+from moec.runtime.call.executor import Executor, record_routing, start
 from moec.runtime.call.recorder import Recorder
-from moec.runtime.call.recording import record_routing
 from moec.runtime.device.device import device_of, only_for
 from moec.runtime.process.pool import set_pool_threads
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer

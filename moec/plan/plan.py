@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import columns, preformatted
-from moec.files.regular_file import read_regular
-from moec.files.whole_file import whole_file
+from moec.files.regular_file import read_regular, whole_file
 from moec.plan.inputs.files import Natural, Positive, Record, Source
 from moec.plan.inputs.workload import Workload
 from moec.plan.network.exchange import Form

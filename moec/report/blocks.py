@@ -10,7 +10,7 @@ from moec.ir.opdef import integer
 from moec.ir.ops.experts.dispatch import chooses_all
 from moec.ir.ops.experts.soft_mixture import slots_of
 from moec.ir.ops.experts.zero_experts import KINDS
-from moec.ir.ops.routing.hierarchy import groups_of
+from moec.ir.ops.routing.gate import groups_of
 from moec.ir.ops.routing.routing import Routing
 from moec.ir.sizes.dims import product
 from moec.report.data import WHOLE, Block

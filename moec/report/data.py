@@ -9,8 +9,7 @@ from typing import Any, Self
 import msgspec
 
 from moec.errors import ArtifactError
-from moec.passes.core.choice_line import ChoiceLine
-from moec.passes.core.damage import Damage
+from moec.passes.core.damage import ChoiceLine, Damage
 
 WHOLE = "(whole model)"
 """The name of a block without a module."""

@@ -12,13 +12,14 @@ import torch
 
 from moec.errors import UnsupportedError
 from moec.ir.formats.integer import dequantise
-from moec.ir.graph import Attr, Op, Program, Value
+from moec.ir.graph import Attr, Graph, Op, Program, Value
 from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, StoredMatrix, matrices_of
+from moec.passes.core.damage import RoundingStats
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.rounding_stats import RoundingStats
 from moec.passes.core.runner import Kind, Log, PassResult
+from moec.passes.quantise.quantise_linears import LINEARS, heads
 from moec.report.data import MovedLine, QuantisedLine
-from moec.report.module_paths import collapse_layer_indices
+from moec.report.units import collapse_layer_indices
 
 BROKEN = 0.5
 """An expert whose weights have a greater error, relative to their norm, counts as not quantised:
@@ -187,3 +188,31 @@ def stored_parts(
     for e in range(len(tensors[0])):
         expert = experts[e] if experts else e
         yield expert, original[expert], [tensor[e] for tensor in tensors]
+
+
+Formats = dict[str, dict[str, str]]
+
+
+def code_bits(graph: Graph) -> dict[str, int]:
+    """The bits in which each code of a quantised weight is stored, by the name of the codes."""
+    quantised = [op for op in graph.ops if op.name in QUANTISED_OPS]
+    return {s.matrix.codes.name: s.format.bits for op in quantised for s in matrices_of(op)}
+
+
+def weight_formats(graph: Graph) -> Formats:
+    """By kind, the format of each weight. Those that ops of two kinds read, such as tied
+    embeddings, are of both."""
+    kinds: Formats = {}
+    params, last = set(graph.params), heads(graph)
+    for op in graph.ops:
+        names = {value.name: value.dtype for value in op.inputs if value in params}
+        for stored in matrices_of(op) if op.name in QUANTISED_OPS else ():
+            names |= {value.name: str(stored.format) for value in stored.matrix.values}
+        kind = "other weights"
+        if op.name.startswith("grouped."):
+            kind = "experts"
+        elif op.name in LINEARS:
+            kind = "head" if op in last else "linears"
+        if names:
+            kinds.setdefault(kind, {}).update(names)
+    return dict(sorted(kinds.items()))

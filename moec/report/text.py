@@ -23,8 +23,7 @@ from moec.report.data import (
     QuantisedLine,
     ReportData,
 )
-from moec.report.module_paths import collapse_layer_indices, spans
-from moec.report.units import count, seconds, size
+from moec.report.units import collapse_layer_indices, count, seconds, size, spans
 from moec.runtime.sizes.expressions import multiple_of
 
 if TYPE_CHECKING:

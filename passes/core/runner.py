@@ -15,9 +15,7 @@ from moec.ir.interpret.verifier import verify
 from moec.sources.memory.memory import InMemory
 
 if TYPE_CHECKING:
-    from moec.passes.core.choice_line import ChoiceLine
-    from moec.passes.core.damage import Damage
-    from moec.passes.core.rounding_stats import RoundingStats
+    from moec.passes.core.damage import ChoiceLine, Damage, RoundingStats
 
 
 LOGGER = logging.getLogger(__name__)

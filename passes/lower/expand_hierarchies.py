@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
-from moec.ir.ops.routing.hierarchy import groups_of
+from moec.ir.ops.routing.gate import groups_of
 from moec.ir.sizes.dims import Dim
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass

@@ -28,8 +28,8 @@ from moec.passes.calibration.gptq import (
     solve_factored,
     squared_results,
 )
+from moec.passes.core.damage import FEWEST, RoundingStats
 from moec.passes.core.rewrite import drop_dead
-from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
 from moec.passes.quantise.codes import Codes, QuantisingPass, part_name, stack_of
 

@@ -18,7 +18,7 @@ import torch
 from moec.errors import UsageError
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import DType, Op, Program, Value
-from moec.ir.ops.sizes.bound import periodic_constant
+from moec.ir.ops.sizes import periodic_constant
 from moec.ir.sizes.dims import Dim, symbols
 from moec.oracle.table_ids import table_rows
 from moec.passes.core.options import Given

@@ -21,8 +21,7 @@ import numpy as np
 
 from moec.errors import InputError, UsageError
 from moec.files.os_errors import reason
-from moec.files.regular_file import open_regular
-from moec.files.whole_file import whole_file
+from moec.files.regular_file import open_regular, whole_file
 from moec.runtime.checks import free_memory
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.package import Port

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from moec.errors import ArtifactError, MoecError, UsageError
 from moec.extras import missing_extra
 from moec.files.os_errors import reason
-from moec.files.regular_file import read_regular
-from moec.files.whole_file import whole_file
+from moec.files.regular_file import read_regular, whole_file
 from moec.runtime.artifact import manifest
 from moec.runtime.artifact.container import open_container
 from moec.runtime.artifact.part_writers import Buffer

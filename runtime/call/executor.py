@@ -24,7 +24,7 @@ from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import CheckedArrays
 from moec.runtime.call.account import Account
 from moec.runtime.call.caches import Cache, bytes_of_caches, caches_of, keep
-from moec.runtime.call.recorder import Observer
+from moec.runtime.call.recorder import Observer, Recorder
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
 from moec.runtime.device.device import Cpu, Device, default_device, only_for
 from moec.runtime.device.library import tvm_ffi
@@ -367,3 +367,23 @@ def _refusals(device: Device) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise device.refusal(line) from error
+
+
+@contextmanager
+def record_routing(executor: Executor) -> Iterator[Recorder]:
+    """Record every call of the executor, from any thread, until the end of the block.
+
+    Raises InputError where the model was compiled without `record_routing`, or is being recorded.
+    """
+    layers = executor.package.recorded
+    if not layers:
+        raise InputError(
+            "this model cannot record routing: compile it with --record-routing "
+            "(record_routing=True in Python)"
+        )
+    recorder = Recorder(layers)
+    executor.start_recording(recorder)
+    try:
+        yield recorder
+    finally:
+        executor.stop_recording()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import InputError
-from moec.files.whole_file import whole_file
+from moec.files.regular_file import whole_file
 
 _DTYPES = {"ids": "i2", "step": "i4", "phase": "u1", "request": "i4", "experts": "i4"}
 

@@ -10,10 +10,32 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from moec.runtime.process.control_groups import MEMBERSHIP, ROOT, group_folders
+ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def group_folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
+    """The folders of the groups of versions 1 and 2 in which a controller, such as cpu or memory,
+    limits the process, and of their ancestors. A container may see its own group as the root."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        group = Path(path.lstrip("/"))
+        for parent in (group, *group.parents):
+            yield top / parent
+            if not controllers:
+                yield root / "unified" / parent
+
 
 _VERSIONS = (
     ("memory.max", "memory.current", ""),
@@ -51,3 +73,21 @@ def resident_bytes() -> int:
         for process in (folder, *(f"/proc/{child}" for child in children)):
             pages += int(Path(process, "statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
+    """Processors, perhaps a fraction; infinity if there is no limit, or it is unknown."""
+    folders = group_folders("cpu", root, membership)
+    return min((_limit(folder) for folder in folders), default=math.inf)
+
+
+def _limit(folder: Path) -> float:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((folder / name).read_text().strip() for name in names)
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # no such file; "max"
+        return math.inf

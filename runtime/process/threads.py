@@ -24,7 +24,7 @@ import os
 from collections.abc import MutableMapping
 
 from moec.errors import UsageError
-from moec.runtime.process.cpu_quota import cpu_quota
+from moec.runtime.process.memory_limit import cpu_quota
 
 SPINS = 2000
 OPENMP_SPINS = 20_000  # about a millisecond; with 2000 a model in eager took a fifth longer

@@ -32,8 +32,7 @@ from moec.runtime.text.prefixes import Prefixes
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampler import Sampler
 from moec.runtime.text.sampling import Logprobs, logprobs
-from moec.runtime.text.speculation.draft import DraftGuesses
-from moec.runtime.text.speculation.guesses import Guesses
+from moec.runtime.text.speculation.draft import DraftGuesses, Guesses
 from moec.runtime.text.texts import PIECE, ROWS, Decoder, fit_together
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"

@@ -10,8 +10,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.sampling import GREEDY, Sampling
-from moec.runtime.text.speculation.draft import Draft
-from moec.runtime.text.speculation.guesses import MOST
+from moec.runtime.text.speculation.draft import MOST, Draft
 
 AUTO, OFF = "auto", "off"
 

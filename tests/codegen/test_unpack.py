@@ -13,7 +13,7 @@ from moec.codegen.cpu import unpack
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.quantised.layout import QuantisedLayout, mark_nan, pack_codes, pack_scales
-from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.cuda.quantised import codes as cuda_codes
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.ir.formats.notation import parse

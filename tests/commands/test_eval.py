@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import moec
 from moec.__main__ import cli
-from moec.optimise.evaluation.estimate import Estimate
-from moec.optimise.evaluation.evaluate import Evaluation, ModelScore, TaskScore, TextScore
+from moec.optimise.evaluation.evaluate import Estimate, Evaluation, ModelScore, TaskScore, TextScore
 
 TEXT = "def read_lines(path):\n    with open(path) as file:\n        return list(file)\n" * 8
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from moec import __main__ as front
-from moec.commands.output.families import FAMILIES, FORMS
+from moec.commands.list import FAMILIES, FORMS
 from moec.passes import recognise
 from moec.pipeline import OPT_IN
 from moec.sources.checkpoint.table import FOLDERS, FORMATS

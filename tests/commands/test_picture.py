@@ -13,7 +13,7 @@ import pytest
 from moec.errors import UsageError
 from moec.ir.text import parse, print_graph
 from moec.report.picture.dot import dot, save
-from moec.report.picture.part import Scene, ScenePart
+from moec.report.picture.repeats import Scene, ScenePart
 from moec.report.picture.scene import scene
 from tests.commands import models
 

@@ -12,10 +12,9 @@ import torch
 from moec.ir.text import parse
 from moec.passes.core.damage import Damage, Distance
 from moec.report.data import LoopLine, MovedLine, QuantisedLine
-from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.report import Report, describe_graph
 from moec.report.text import render
-from moec.report.units import count, seconds, size
+from moec.report.units import collapse_layer_indices, count, seconds, size, spans
 from tests.commands import models
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.files.whole_file import whole_file
+from moec.files.regular_file import whole_file
 
 
 def test_it_appears_at_the_end_with_the_rights_of_a_new_file(tmp_path: Path) -> None:

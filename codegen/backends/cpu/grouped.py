@@ -10,8 +10,8 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule
 from moec.codegen.backends.cpu.dense import packed
 from moec.codegen.backends.cpu.sorted_rows import check_products, product
-from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.linear import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering

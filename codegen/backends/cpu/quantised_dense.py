@@ -11,8 +11,8 @@ from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cpu.codes import packed_matrices, rows_for
 from moec.codegen.backends.cpu.dense import MOST_TOGETHER, packed_bias
 from moec.codegen.backends.cpu.quantised import check_format
+from moec.codegen.cpu.quantised.grouped import quantised_linears
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
-from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.products import QuantisedSpec

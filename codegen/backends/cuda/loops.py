@@ -29,13 +29,12 @@ from moec.codegen.loop_kernel import LoopKernel, write_body
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.axes import wrap
-from moec.codegen.loops.cells import Cell
+from moec.codegen.loops.cells import Cell, Writes
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
 from moec.codegen.loops.reductions.reduce import better
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
-from moec.codegen.loops.writes import Writes
 from moec.errors import UnsupportedError
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product

@@ -18,8 +18,7 @@ from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import check_few_rows
 from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of
 from moec.codegen.cuda.gemm.grouped import linear as dense_linear
-from moec.codegen.cuda.gemm.layout import interleave
-from moec.codegen.cuda.gemm.product import check_product
+from moec.codegen.cuda.gemm.product import check_product, interleave
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.products import DENSE, dense_of, spec_of

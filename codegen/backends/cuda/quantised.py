@@ -16,7 +16,7 @@ from moec.codegen.backends.cuda import unpack
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.backends.cuda.products import LEAST, stack
-from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.cuda.quantised.codes import pack
 from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, grouped_codes
 from moec.codegen.cuda.quantised.round_rows import planes_of, round_rows

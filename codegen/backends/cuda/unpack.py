@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moec.codegen.cuda.gemm.layout import GROUP
+from moec.codegen.cuda.gemm.product import GROUP
 from moec.codegen.cuda.quantised.codes import STEP, WORDS, piece_of, place
 
 Parts = Iterator[tuple[Tensor, Tensor]]

@@ -18,13 +18,15 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu import parallel
-from moec.codegen.cpu.attention.amx import UNITS, Scratch, multiply
 from moec.codegen.cpu.attention.problem import (
     MINUS_INFINITY,
+    UNITS,
     Problem,
+    Scratch,
     factor,
     finite,
     load_mask,
+    multiply,
     reach,
     scaled,
     start,

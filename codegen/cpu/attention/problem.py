@@ -9,7 +9,7 @@ j-th of the g heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -17,8 +17,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.frame import argument
-from moec.codegen.cpu.softmax import Softmax
-from moec.codegen.cpu.vector import Vector
+from moec.codegen.cpu.llvm.amx import SUMS, TILE_ROWS
+from moec.codegen.cpu.vector import Softmax, Vector
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cpu import CpuTarget
@@ -243,3 +243,55 @@ def write_row(p: Problem, where: tuple[Expr, Expr, Expr], sums: Buffer, row: Exp
     if rest:
         d = full_vectors * v.lanes
         v.store_tail(p.out, p.at("out", *where, d), sums[row, T.ramp(d, 1, v.lanes)], T.int32(rest))
+
+
+UNITS = TILE_ROWS  # int32 units of a row that one register holds
+_ROWS, _TURNS = SUMS, 3  # the register of rows; the next three alternate for keys and values
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory between the products: scores[row, key], weights[row, pair of keys]."""
+
+    scores: Buffer
+    weights: Buffer
+
+    @staticmethod
+    def of(v: Vector, block: int) -> Scratch:
+        return Scratch(
+            v.scratch((TILE_ROWS, block), "float32"), v.scratch((TILE_ROWS, block // 2), "int32")
+        )
+
+
+def multiply(
+    v: Vector,
+    rows: Callable[[int], Expr],
+    row_units: int,
+    units: int,
+    other: Callable[[int, int], Expr],
+    other_units: int,
+    out: Callable[[int], Expr],
+    vectors: int,
+    added: bool,
+) -> None:
+    """out[16 rows, 16 of vector j] (+)= rows[16, units] @ other[units, 16 of vector j].
+
+    `rows(u)`, `other(u, j)` and `out(j)` are the first elements of the blocks, at row 0 or unit u.
+    Rows of the first are `row_units` int32 apart, of the second `other_units` int32, of `out`
+    `other_units` float32. `added`: (+)= adds; else it overwrites.
+    """
+    for first in range(0, vectors, SUMS):
+        group = range(first, min(first + SUMS, vectors))
+        for i, j in enumerate(group):
+            if added:
+                v.tile_load(i, out(j), other_units * 4)
+            else:
+                v.tile_zero(i)
+        for u in range(0, units, UNITS):
+            v.tile_load(_ROWS, rows(u), row_units * 4)
+            for i, j in enumerate(group):
+                register = _ROWS + 1 + i % _TURNS
+                v.tile_load(register, other(u, j), other_units * 4)
+                v.tile_bf16(i, _ROWS, register)
+        for i, j in enumerate(group):
+            v.tile_store(i, out(j), other_units * 4)

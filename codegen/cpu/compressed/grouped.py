@@ -23,9 +23,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu.compressed import lanes
 from moec.codegen.cpu.compressed import weights as compressed_weights
-from moec.codegen.cpu.compressed.weights import Weights
+from moec.codegen.cpu.compressed.weights import Weights, dot_pairs, total, zero
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
@@ -149,7 +148,7 @@ class CompressedTile(Tile):
             for _ in range(matrix.turns)
         ]
         for buffer in (b for by_row in acc for sides in by_row for b in sides):
-            lanes.zero(buffer)
+            zero(buffer)
 
         def take(turn: int, word: Expr, *pair: Expr) -> None:
             for i, row in enumerate(rows):
@@ -159,13 +158,13 @@ class CompressedTile(Tile):
 
         matrix.each(self.layout.spec.n, group, column, cursor, take)
 
-        def total(i: int, side: int) -> Expr:
+        def total_of(i: int, side: int) -> Expr:
             added = acc[0][i][side][every]
             for turn in range(1, matrix.turns):
                 added = added + acc[turn][i][side][every]
-            return lanes.total(v, added)
+            return total(v, added)
 
-        return [(total(i, 0), total(i, 1)) for i in range(len(rows))]
+        return [(total_of(i, 0), total_of(i, 1)) for i in range(len(rows))]
 
     def _many(self, group: Expr, tile: Expr, base: Expr, count: Expr) -> None:
         """At most ROW_CHUNK rows from `base` on: DECODED columns are decoded at a time and
@@ -222,7 +221,7 @@ class CompressedTile(Tile):
             for _ in range(MANY_COLUMNS)
         ]
         for buffer in (b for by_row in acc for sides in by_row for b in sides):
-            lanes.zero(buffer)
+            zero(buffer)
         with T.serial(0, -(-self.layout.spec.k // (2 * LANES))) as step:
             at = T.ramp(step * LANES, 1, LANES)
             parts = [T.bind(x[row, at]) for row in rows]
@@ -231,11 +230,8 @@ class CompressedTile(Tile):
                     w = T.bind(decoded[side, first + j, at])
                     for i, part in enumerate(parts):
                         dots = acc[j][i][side]
-                        T.buffer_store(dots, lanes.dot_pairs(v, dots[every], part, w), [every])
-        return [
-            [(lanes.total(v, a[every]), lanes.total(v, b[every])) for a, b in column]
-            for column in acc
-        ]
+                        T.buffer_store(dots, dot_pairs(v, dots[every], part, w), [every])
+        return [[(total(v, a[every]), total(v, b[every])) for a, b in column] for column in acc]
 
 
 def compressed_linear(

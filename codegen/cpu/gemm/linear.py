@@ -18,6 +18,7 @@ from moec.codegen.cpu.gemm.amx_tile import AmxTile
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct, W, X
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
+from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
 from moec.codegen.specs.products import LinearSpec
@@ -143,3 +144,57 @@ def _ceildiv(count: int, by: Expr | int) -> Expr | int:
     if isinstance(by, int):
         return ceil_of(count, by)
     return T.bind(T.truncdiv(T.int64(count) + by - 1, by))
+
+
+def grouped_linear(
+    target: CpuTarget,
+    spec: LinearSpec,
+    epilogue: Epilogue | None = None,
+    name: str = "grouped",
+    zero_unowned_rows: bool = True,
+    *,
+    from_slots: bool = False,
+) -> PrimFunc:
+    """A kernel (x[R, k], ends i32[E][, key, plan], w packed[, bias packed], y[R, n]).
+
+    `from_slots` is that of `sorted_product`.
+    """
+    return _grouped(target, spec, epilogue, name, 0, None, zero_unowned_rows, from_slots)
+
+
+def gathered_linear(
+    target: CpuTarget,
+    spec: LinearSpec,
+    top_k: int,
+    epilogue: Epilogue | None = None,
+    scale_dtype: str | None = None,
+    name: str = "gathered",
+    zero_unowned_rows: bool = True,
+    *,
+    from_slots: bool = False,
+) -> PrimFunc:
+    """A kernel (x[T, k], order i32[R], ends i32[E][, key, plan], w packed[, bias packed][, scale],
+    y[R, n]).
+
+    With `scale_dtype`, scale[T, top_k] multiplies the row of x of each choice (the product is
+    scaled before the bias is added, which is equivalent). `from_slots` is that of `sorted_product`.
+    """
+    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, from_slots)
+
+
+def _grouped(
+    target: CpuTarget,
+    spec: LinearSpec,
+    epilogue: Epilogue | None,
+    name: str,
+    top_k: int,
+    scale_dtype: str | None,
+    zero_unowned_rows: bool,
+    from_slots: bool,
+) -> PrimFunc:
+    if spec.gated and epilogue is None:
+        raise ValueError(f"{name}: gate and up need an epilogue that joins them")
+    product = plain_product(target, spec, epilogue)
+    return sorted_product(
+        product, name, top_k, scale_dtype, zero_unowned_rows, from_slots=from_slots
+    )

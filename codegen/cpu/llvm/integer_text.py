@@ -12,8 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from moec.codegen.cpu.llvm.constants import splat
-from moec.codegen.cpu.llvm.pair_sums import pair_sums
+from moec.codegen.cpu.llvm.constants import pair_sums, splat
 from moec.ir.formats.integer import E2M1_TWICE, E2M1_ZERO
 from moec.target.cpu import CpuTarget
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from moec.codegen.cpu.llvm.pair_sums import pair_sums
+from moec.codegen.cpu.llvm.constants import pair_sums
 from moec.ir.formats.ternary import START, TOGETHER
 from moec.target.cpu import CpuTarget
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from moec.codegen.cpu.llvm.constants import f32
-from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, EXP, TANH_P, TANH_Q
+from moec.codegen.cpu.llvm.constants import ERF_P, ERF_Q, EXP, TANH_P, TANH_Q, f32
 from moec.target.cpu import CpuTarget
 
 

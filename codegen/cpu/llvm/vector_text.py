@@ -11,8 +11,7 @@ from __future__ import annotations
 from functools import cache
 
 from moec.codegen.cpu.llvm.amx import tile_functions
-from moec.codegen.cpu.llvm.constants import f32, splat
-from moec.codegen.cpu.llvm.polynomials import EXP
+from moec.codegen.cpu.llvm.constants import EXP, f32, splat
 from moec.target.cpu import CpuTarget
 
 # LLVM functions for unpacked matrices, in PyTorch's layout: pairs of rows.

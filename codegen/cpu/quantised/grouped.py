@@ -12,6 +12,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.gemm.amx_tile import MOST_ROWS, STEPS, AmxRows, AmxTile, DepthSteps
+from moec.codegen.cpu.gemm.linear import dense_products
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
@@ -233,3 +234,15 @@ def quantised_linear(
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     product = quantised_product(target, spec, epilogue)
     return sorted_product(product, name, top_k, scale_dtype, from_slots=from_slots)
+
+
+def quantised_linears(
+    target: CpuTarget, specs: tuple[QuantisedSpec, ...], name: str = "quantised_linears"
+) -> PrimFunc:
+    """A kernel (codes, scales, sums of x[T, k], (w, its scales[, its zeros][, bias packed]) of
+    each product, y[T, n] of each)."""
+    if len({(spec.k, spec.format.block, spec.format.row_bits) for spec in specs}) != 1:
+        raise ValueError(f"{name}: the products are of rows of other widths or blocks, or bits")
+    if any(spec.groups != 1 or spec.gated for spec in specs):
+        raise ValueError(f"{name}: the products must be dense, each with one matrix")
+    return dense_products([quantised_product(target, spec) for spec in specs], name)

@@ -18,7 +18,6 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import bytes_of
-from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.routing.route import (
     TOKENS,
     correction_argument,
@@ -26,8 +25,7 @@ from moec.codegen.cpu.routing.route import (
     routing_work,
     scratch,
 )
-from moec.codegen.cpu.softmax import Softmax
-from moec.codegen.cpu.vector import Vector
+from moec.codegen.cpu.vector import Softmax, Vector, rounded
 from moec.codegen.specs.routing import GateSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cpu import CpuTarget

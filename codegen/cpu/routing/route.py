@@ -20,8 +20,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.cpu.rounding import rounded
-from moec.codegen.cpu.vector import Vector
+from moec.codegen.cpu.vector import Vector, rounded
 from moec.codegen.specs.routing import RouteSpec
 from moec.dtypes import HALVES, LONG_NAMES
 from moec.ir.ops.routing.routing import Routing

@@ -27,8 +27,7 @@ from moec.codegen.cuda.attention.arguments import (
     masked,
 )
 from moec.codegen.cuda.attention.softmax import divisor_of
-from moec.codegen.cuda.instructions import WARP, barrier, exp, warp_sum
-from moec.codegen.cuda.scan import each
+from moec.codegen.cuda.instructions import WARP, barrier, each, exp, warp_sum
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget

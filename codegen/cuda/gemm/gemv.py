@@ -21,8 +21,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
-from moec.codegen.cuda.gemm.layout import GROUP
 from moec.codegen.cuda.gemm.product import (
+    GROUP,
     HALVES,
     Product,
     arguments,

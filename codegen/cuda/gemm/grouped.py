@@ -22,8 +22,7 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import ROWS, launch_few_rows
 from moec.codegen.cuda.gemm.grouped_wgmma import check_wgmma, launch_wgmma
-from moec.codegen.cuda.gemm.mma_tile import MmaTile, mma_tile
-from moec.codegen.cuda.gemm.parts import part_of_w, part_of_x, rows_of_copies
+from moec.codegen.cuda.gemm.mma_tile import MmaTile, mma_tile, part_of_w, part_of_x, rows_of_copies
 from moec.codegen.cuda.gemm.product import (
     Product,
     arguments,

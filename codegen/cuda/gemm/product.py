@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cuda.activation import Epilogue
-from moec.codegen.cuda.gemm.layout import GROUP
 from moec.codegen.cuda.gemm.tiles import ExpertRows, OneExpert, RowTiles, row_tiles
 from moec.codegen.cuda.instructions import round_pair
 from moec.codegen.specs.products import LinearSpec
@@ -184,3 +185,18 @@ def _store_pair(
     round_pair(p.spec.dtype, word[0], *results)
     words = T.decl_buffer((p.rows, p.spec.n // 2), "uint32", data=p.y.data)
     T.buffer_store(words, word[0], [wide, to // 2])
+
+
+GROUP = 8  # rows of gate, then of up
+
+
+def interleave(gate: NDArray[np.generic], up: NDArray[np.generic]) -> NDArray[np.generic]:
+    """[E, n, ...] twice -> [E, 2n, ...], for matrices or biases.
+
+    Raises NoMatch if n is not a multiple of 8.
+    """
+    experts, n, *rest = gate.shape
+    if n % GROUP:
+        raise NoMatch(f"gate and up of {n} columns cannot be interleaved by {GROUP}")
+    both = [part.reshape(experts, n // GROUP, 1, GROUP, *rest) for part in (gate, up)]
+    return np.ascontiguousarray(np.concatenate(both, 2).reshape(experts, 2 * n, *rest))

@@ -17,8 +17,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cuda.instructions import barrier
-from moec.codegen.cuda.scan import each, running_sums
+from moec.codegen.cuda.instructions import barrier, each, running_sums
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cuda.gemm.gemv import row_of_x
-from moec.codegen.cuda.gemm.mma_tile import MmaTile, mma_tile
-from moec.codegen.cuda.gemm.parts import part_of_w, part_of_x
+from moec.codegen.cuda.gemm.mma_tile import MmaTile, mma_tile, part_of_w, part_of_x
 from moec.codegen.cuda.gemm.product import Product
 from moec.codegen.cuda.gemm.tiles import ExpertRows, TileShape
 from moec.codegen.cuda.instructions import fma, load_fragments

@@ -25,8 +25,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cuda.activation import Epilogue
-from moec.codegen.cuda.gemm.layout import GROUP
-from moec.codegen.cuda.gemm.product import HALVES
+from moec.codegen.cuda.gemm.product import GROUP, HALVES
 from moec.codegen.cuda.instructions import fma_pair
 from moec.codegen.specs.products import QuantisedSpec
 from moec.errors import NoMatch

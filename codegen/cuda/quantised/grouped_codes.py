@@ -31,7 +31,7 @@ from moec.codegen.cuda.gemm.grouped import (
     launch_tiles,
     store_tile,
 )
-from moec.codegen.cuda.gemm.parts import rows_of_copies
+from moec.codegen.cuda.gemm.mma_tile import rows_of_copies
 from moec.codegen.cuda.gemm.product import Product, arguments, check_shared_memory
 from moec.codegen.cuda.gemm.tiles import CODES, SMALL, ExpertRows, TileShape
 from moec.codegen.cuda.instructions import WARP, fma, load_past_cache

@@ -19,8 +19,15 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, add_atomically, barrier, count_bits, match
-from moec.codegen.cuda.scan import each, running_sums
+from moec.codegen.cuda.instructions import (
+    WARP,
+    add_atomically,
+    barrier,
+    count_bits,
+    each,
+    match,
+    running_sums,
+)
 from moec.codegen.specs.routing import DispatchSpec
 from moec.target.cuda import CudaTarget
 

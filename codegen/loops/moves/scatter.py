@@ -14,13 +14,13 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.cells import Writes
 from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
 from moec.codegen.loops.moves.lookup import indexed_axes
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Join, Scalar
-from moec.codegen.loops.writes import Writes
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim
 

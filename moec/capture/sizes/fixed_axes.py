@@ -17,9 +17,12 @@ from torch.export import ExportedProgram
 
 from moec.capture.sizes.guards import Guard, guard_at, shape_env
 from moec.capture.sizes.wishes import Axes
-from moec.errors import CaptureError, UsageError
+from moec.errors import CaptureError, IRError, UsageError
 from moec.ir.graph import Program
 from moec.ir.interpret.resized import resized_axes
+from moec.ir.replace_sizes import replace_sizes
+from moec.ir.sizes.dims import Dim, canonical
+from moec.ir.sizes.thresholds import truth_of
 from moec.oracle.cases import Eager
 
 Axis = tuple[int, int]
@@ -143,3 +146,43 @@ def _refusal(name: str, value: str, axis: int, size: int, other: int, guard: Gua
         f"text of it), or say that it stays {size}:\n"
         f'  allow_fixed="{value}" (--allow-fixed {value}), or dynamic_shapes (--shapes)'
     )
+
+
+_FEW = 64
+"""A size with more values than that is not tried at each of them."""
+_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.Max, sympy.Min)
+
+
+def fold_constant_sizes(program: Program) -> Program:
+    """The program with numbers for roundings, remainders, maxima and minima of one size that have
+    one value within its bounds."""
+    values = {
+        name: range(bounds.low, bounds.high + 1)
+        for name, bounds in program.graph.bounds.items()
+        if bounds.high is not None and bounds.high - bounds.low < _FEW
+    }
+    if not values:
+        return program
+    numbers: dict[sympy.Expr, int | None] = {}
+
+    def fold(size: sympy.Expr) -> Dim:
+        for part in size.atoms(*_STEPS) - numbers.keys():
+            numbers[part] = _number(part, values)
+        rule = {part: n for part in size.atoms(*_STEPS) if (n := numbers[part]) is not None}
+        return canonical(sympy.expand(size.xreplace(rule))) if rule else size
+
+    return Program(replace_sizes(program.graph, fold), program.weights)
+
+
+def _number(part: sympy.Expr, values: dict[str, range]) -> int | None:
+    """The value of an expression of one size, if it is the same number at all `values`."""
+    truth = truth_of(part)
+    if len(truth.names) != 1 or not truth.names <= values.keys():
+        return None
+    (name,) = truth.names
+    try:
+        results = {truth.value({name: size}) for size in values[name]}
+    except (ZeroDivisionError, IRError):  # a division by this size, or a function of torch's
+        return None
+    (first, *others) = results
+    return int(first) if not others and first == int(first) else None

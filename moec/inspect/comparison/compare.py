@@ -30,9 +30,8 @@ from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel, load
 from moec.model.stored import stored_graph
 from moec.report.pass_graphs.table import GraphStep
-from moec.report.quantisation import moved_lines
+from moec.report.quantisation import moved_lines, weight_formats
 from moec.report.units import counted
-from moec.report.weight_formats import weight_formats
 from moec.runtime.arrays.tensor_files import read_tensors
 from moec.runtime.checks import show_shape
 from moec.runtime.dtypes import NUMPY

@@ -11,9 +11,8 @@ import msgspec
 from moec.files.printable import columns, preformatted, printable
 from moec.inspect.exploration.page import page
 from moec.report.data import MovedLine, ReportData
-from moec.report.module_paths import spans
 from moec.report.pass_graphs.table import GraphStep, GraphTable, ports
-from moec.report.units import size
+from moec.report.units import size, spans
 
 
 @dataclass(frozen=True)

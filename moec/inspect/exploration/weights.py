@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moec.ir.graph import Graph, Op
-from moec.report.weight_formats import Formats, code_bits, weight_formats
+from moec.report.quantisation import Formats, code_bits, weight_formats
 from moec.runtime.artifact.manifest import Stored
 from moec.runtime.dtypes import NUMPY
 

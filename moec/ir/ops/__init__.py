@@ -9,50 +9,38 @@ rows come after ends[E-1], hold zeros, and add nothing.
 from __future__ import annotations
 
 from moec.ir.opdef import OPS, OpDef
-from moec.ir.ops.dense import add_norm, attention, cache, linear_attention, norm, rotary
+from moec.ir.ops import sizes
+from moec.ir.ops.dense import attention, cache, linear_attention, norm, rotary
 from moec.ir.ops.experts import (
     compressed,
     dispatch,
     grouped,
-    grouped_combine,
     mixed,
-    mixture,
-    neurons,
     quantised,
     quantised_linear,
     soft_mixture,
     zero_experts,
 )
 from moec.ir.ops.parallel import dist
-from moec.ir.ops.routing import force, gate, hierarchy
-from moec.ir.ops.sizes import bound, require_count, require_index, size
+from moec.ir.ops.routing import gate
 
 __all__ = [
     "OPS",
     "OpDef",
-    "add_norm",
     "attention",
-    "bound",
     "cache",
     "compressed",
     "dispatch",
     "dist",
-    "force",
     "gate",
     "grouped",
-    "grouped_combine",
-    "hierarchy",
     "linear_attention",
     "mixed",
-    "mixture",
-    "neurons",
     "norm",
     "quantised",
     "quantised_linear",
-    "require_count",
-    "require_index",
     "rotary",
-    "size",
+    "sizes",
     "soft_mixture",
     "zero_experts",
 ]

@@ -15,10 +15,38 @@ from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import columns, preformatted
 from moec.files.regular_file import read_regular
-from moec.optimise.evaluation.estimate import Z95, Estimate
 from moec.optimise.evaluation.subject import Subject, open_subject
 from moec.report.units import counted, size
 from moec.runtime.dtypes import Array
+
+Z95 = 1.96
+"""Standard errors on each side of a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`error` is the standard error; NaN for one sample."""
+
+    mean: float
+    error: float
+
+    @staticmethod
+    def of(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+        """The mean of all numbers, of which each sample has a sum and a count; samples are taken as
+        independent, numbers within one are not (a ratio estimator, Cochran 1977, 2.11)."""
+        total, count, samples = float(np.sum(sums)), int(np.sum(counts)), len(sums)
+        mean = total / count
+        if samples < 2:
+            return Estimate(mean, math.nan)
+        residuals = np.asarray(sums) - mean * np.asarray(counts)
+        variance = float((residuals**2).sum()) * samples / (samples - 1)
+        return Estimate(mean, math.sqrt(variance) / count)
+
+    def shown(self, form: str = ".4f") -> str:
+        """With half of the 95 % interval."""
+        spread = "" if math.isnan(self.error) else f" ± {Z95 * self.error:{form}}"
+        return f"{self.mean:{form}}{spread}"
+
 
 Progress = Callable[[str], None]
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from moec.ir.graph import Graph, Op, Program, Value
-from moec.ir.interpret.derivatives import copied, gradients_needed
 from moec.ir.interpret.evaluate import bind, run_part
+from moec.ir.interpret.threads import copied, gradients_needed
 from moec.ir.opdef import Reference, Runner, tensors_of
 from moec.ir.ops import OPS
 from moec.passes.calibration.evaluator import Evaluator, float32

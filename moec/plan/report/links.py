@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.search.planner import Planner
-from moec.plan.simulation.sends import sample
-from moec.plan.simulation.simulate import Ids, Traffic, drawn, of_trace, traffic
+from moec.plan.simulation.simulate import Ids, Traffic, drawn, of_trace, sample, traffic
 
 DRAWN = 16_384
 """Tokens that are drawn where there is no trace."""

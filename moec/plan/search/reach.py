@@ -17,9 +17,8 @@ from moec.plan.network.degrees import Degrees
 from moec.plan.placement.coactivation import meetings, place_on_nodes, place_together
 from moec.plan.placement.placement import Ids, Loads, Placement, place
 from moec.plan.plan import LayerPlan, Sends
-from moec.plan.simulation.sends import count_sends
 from moec.plan.simulation.simulate import Ids as Choices
-from moec.plan.simulation.simulate import traffic
+from moec.plan.simulation.simulate import count_sends, traffic
 
 COUNTED = 8192
 """Tokens that are counted for an estimate, at most."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.report.data import PortLine
-from moec.report.picture.part import ENTRY, Scene, ScenePart
+from moec.report.picture.repeats import ENTRY, Scene, ScenePart
 from moec.report.text import shape
 from moec.report.units import count
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from moec.ir.graph import Graph, Op, Value
 from moec.report.data import WHOLE, Block, DeclinedLine
-from moec.report.picture.part import ENTRY, Scene, ScenePart
-from moec.report.picture.repeats import collapse
+from moec.report.picture.repeats import ENTRY, Scene, ScenePart, collapse
 from moec.report.report import inside, port
 
 

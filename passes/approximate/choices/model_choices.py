@@ -18,7 +18,7 @@ from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular
 from moec.ir.formats.notation import Format, parse
-from moec.passes.core.choice_line import ChoiceLine
+from moec.passes.core.damage import ChoiceLine
 from moec.passes.quantise.mixed_experts import AnyFormat, ExpertFormats
 from moec.runtime.checks import show_bytes
 

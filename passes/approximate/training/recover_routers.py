@@ -23,9 +23,8 @@ from torch import Tensor
 from moec.dtypes import FLOATS
 from moec.errors import UsageError
 from moec.ir.graph import Graph, Program, Stage, Value
-from moec.ir.interpret.derivatives import copied, gradients_needed
 from moec.ir.interpret.evaluate import run_graph
-from moec.ir.interpret.threads import threads_for
+from moec.ir.interpret.threads import copied, gradients_needed, threads_for
 from moec.ir.opdef import inputs_of
 from moec.passes.approximate.training.case_training import case_order, output_distance, train
 from moec.passes.calibration.data import Calibration, load_calibration

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import moec
-from moec.capture.sizes.constant_sizes import fold_constant_sizes
+from moec.capture.sizes.fixed_axes import fold_constant_sizes
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import parse, print_graph

@@ -11,7 +11,7 @@ import pytest
 
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu import link
-from moec.codegen.cpu.gemm.grouped import grouped_linear
+from moec.codegen.cpu.gemm.linear import grouped_linear
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import TargetError
 from moec.target.cpu import TARGETS, host

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from moec.codegen.build import assembly
-from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
+from moec.codegen.cpu.gemm.linear import gathered_linear, grouped_linear
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS

@@ -20,7 +20,7 @@ from moec.inspect.exploration.explore import page_data
 from moec.inspect.exploration.explored_model import ExploredModel
 from moec.inspect.exploration.page import page as html_of
 from moec.ir.text import parse
-from moec.passes.core.choice_line import ChoiceLine
+from moec.passes.core.damage import ChoiceLine
 from moec.report.data import Block, DeclinedLine
 from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import Report, describe_graph

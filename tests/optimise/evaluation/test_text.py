@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import UsageError
-from moec.optimise.evaluation.estimate import Estimate
-from moec.optimise.evaluation.evaluate import score_text, windows
+from moec.optimise.evaluation.evaluate import Estimate, score_text, windows
 from moec.optimise.evaluation.subject import Subject
 
 TABLE = np.random.default_rng(0).standard_normal((3, 128, 128)).astype(np.float32)

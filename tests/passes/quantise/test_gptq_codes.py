@@ -15,7 +15,7 @@ from moec.ir.formats.notation import Format, parse
 from moec.ir.graph import Program
 from moec.ir.interpret.evaluate import evaluate
 from moec.passes.calibration.data import Calibration
-from moec.passes.core.rounding_stats import FEWEST
+from moec.passes.core.damage import FEWEST
 from moec.passes.quantise.gptq_codes import calibrate, rows_of
 from moec.report.report import Report
 from tests.capture.modules import WIDTH, Moe

@@ -11,7 +11,7 @@ from moec.errors import UsageError
 from moec.plan.placement.coactivation import SLACK, coactivation, place_together
 from moec.plan.placement.placement import place, rank_loads
 from moec.plan.plan import LayerPlan, Sends
-from moec.plan.simulation.sends import count_sends
+from moec.plan.simulation.simulate import count_sends
 from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 

@@ -15,8 +15,7 @@ from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.plan import LayerPlan
-from moec.plan.search.planner import Planner
-from moec.plan.search.uniform import best_uniform
+from moec.plan.search.planner import Planner, best_uniform
 from moec.plan.simulation.simulate import drawn, simulate, traffic
 
 

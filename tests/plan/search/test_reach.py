@@ -16,9 +16,8 @@ from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.placement.placement import place
 from moec.plan.plan import Plan
-from moec.plan.search.planner import Planner
+from moec.plan.search.planner import Planner, best_uniform
 from moec.plan.search.reach import LayerReach
-from moec.plan.search.uniform import best_uniform
 from moec.plan.simulation.simulate import drawn, of_trace, simulate
 from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 

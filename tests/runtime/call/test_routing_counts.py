@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.runtime.call.recorder import Recorder
-from moec.runtime.call.routing_counts import RoutingCounts
 from moec.runtime.package import RecordedLayer
+from moec.serving.routing_watch import RoutingCounts
 
 LAYERS = (RecordedLayer("first", 4), RecordedLayer("second", 7), RecordedLayer("last", 1))
 

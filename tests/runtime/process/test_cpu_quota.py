@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moec.runtime.process import threads
-from moec.runtime.process.cpu_quota import cpu_quota
+from moec.runtime.process.memory_limit import cpu_quota
 
 
 def quota(folder: Path, membership: str, files: dict[str, str]) -> float:

@@ -20,8 +20,7 @@ from moec.runtime.call.account import Account
 from moec.runtime.call.executor import Executor
 from moec.runtime.text.engine import Engine
 from moec.runtime.text.request import AUTO, OFF, Request
-from moec.runtime.text.speculation.draft import FIRST_CHANCE, Draft
-from moec.runtime.text.speculation.guesses import MOST
+from moec.runtime.text.speculation.draft import FIRST_CHANCE, MOST, Draft
 from tests.models.families import FAMILIES
 from tests.models.other_families import OTHER_FAMILIES
 from tests.runtime.text.test_speculation import AnyRows, alone, job, outcome, times

@@ -21,7 +21,7 @@ from moec.runtime.text.engine import CANCELLED, FAILED, LENGTH, STOP, Continuati
 from moec.runtime.text.generate import generate
 from moec.runtime.text.request import AUTO, OFF, Request
 from moec.runtime.text.sampling import Sampling
-from moec.runtime.text.speculation.guesses import MEMORY, MOST, Guesses
+from moec.runtime.text.speculation.draft import MEMORY, MOST, Guesses
 from tests.models.other_families import OTHER_FAMILIES
 from tests.once import Once
 from tests.runtime.expert_store.models import LAYERS, artifact

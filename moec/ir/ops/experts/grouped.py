@@ -13,6 +13,7 @@ from torch import Tensor
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import DType, Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, integer, require, tensors_of
+from moec.ir.ops.experts.dispatch import combine
 from moec.ir.sizes.dims import Dim, canonical
 
 M = TypeVar("M")
@@ -164,3 +165,46 @@ def expert_of(
     (ends,) = tensors
     rows = torch.arange(attrs["rows"])
     return torch.searchsorted(ends.long(), rows, right=True).clamp(max=len(ends) - 1)
+
+
+@dataclass(frozen=True)
+class GroupedCombine:
+    """The inputs by name."""
+
+    rows: Value
+    ends: Value
+    matrix: Value
+    bias: Value | None
+    order: Value
+    weights: Value | None
+
+    @staticmethod
+    def of(op: Op) -> GroupedCombine:
+        return GroupedCombine(**inputs_of(op))
+
+
+def _infer(op: Op) -> tuple[TensorType, ...]:
+    parts = GroupedCombine.of(op)
+    tokens, k = cast(Dim, op.attrs["tokens"]), integer(op, "k")
+    require(op, len(parts.matrix.shape) == 3, f"{parts.matrix} is not [E, N, K]")
+    require(op, parts.matrix.shape[2] == parts.rows.shape[1], f"{parts.rows} by {parts.matrix}")
+    require(op, parts.matrix.shape[:1] == parts.ends.shape, f"{parts.matrix} for {parts.ends}")
+    require(op, parts.order.shape == (k * tokens,), f"{parts.order} does not hold the choices")
+    dtype = cast(DType, op.attrs["dtype"]).name
+    return (TensorType(dtype, (tokens, parts.matrix.shape[1])),)
+
+
+@defop("grouped.combine", _infer, "rows, ends, matrix, bias?biased, order, weights?weighted")
+def grouped_combine(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """rows[R, K], ends[E], w[E, N, K], b[E, N]?, order[R], weights[T, k]? -> z[T, N].
+
+    z = combine(rows @ w[e]^T (+ b[e]), order, weights). Attributes: `biased`, `weighted`, `k`,
+    `tokens` (T), `dtype` of z. The gradient of the weights needs no further product
+    (`moec.dynamo.training.gradients`).
+    """
+    count = 4 if attrs.get("biased") else 3
+    linear = {"matrices": 1, "biased": count == 4, "dtype": tensors[0].dtype}
+    y = grouped_linear(op, tensors[:count], linear, run)
+    return combine(op, [y, *tensors[count:]], attrs, run)

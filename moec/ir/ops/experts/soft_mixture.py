@@ -70,3 +70,70 @@ def even_ends(
 ) -> Any:
     """-> ends[E] of rows of which each expert owns `each`: each, 2 * each, … E * each."""
     return (torch.arange(attrs["num_experts"]) + 1).mul(attrs["each"]).int()
+
+
+def _infer_mixture(op: Op) -> tuple[TensorType, ...]:
+    shares, *rest = op.inputs
+    body = op.body
+    require(op, body is not None, "has no body")
+    assert body is not None
+    require(op, shares.shape[-1] == len(body.outputs), f"{shares} weighs {len(body.outputs)}")
+    parameters = (*body.inputs, *body.params)
+    require(op, len(parameters) == len(rest), f"{len(rest)} values for {len(parameters)}")
+    for value, parameter in zip(rest, parameters, strict=True):
+        require(op, value.type == parameter.type, f"{value} feeds {parameter}")
+    first = body.outputs[0]
+    for other in body.outputs:
+        require(op, other.type == first.type, f"experts give {first.type} and {other.type}")
+    require(op, shares.shape[:-1] == first.shape[: len(shares.shape) - 1], f"{shares} of {first}")
+    return (first.type,)
+
+
+@defop("moe.mixture", _infer_mixture, "shares, values*")
+def mixture(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """shares[.., E], inputs..., params... -> sum over e of shares[.., e] * (output e of the body).
+
+    The body's inputs and params are the op's; its E outputs have one type. Experts may differ in
+    everything else. Summed in the order of the experts.
+    """
+    shares, *rest = tensors
+    assert op.body is not None
+    outputs = run(op.body, rest)
+    last = (1,) * (outputs[0].ndim - shares.ndim + 1)
+    parts = [
+        output * share.reshape(*share.shape, *last)
+        for output, share in zip(outputs, shares.unbind(-1), strict=True)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _infer_neurons(op: Op) -> tuple[TensorType, ...]:
+    x, experts, weights, inward, outward = op.inputs
+    body = op.body
+    require(op, body is not None, "has no body")
+    body = cast(Graph, body)
+    require(op, len(x.shape) == 2 and len(experts.shape) == 2, f"{x} by {experts}")
+    require(op, x.shape[0] == experts.shape[0], f"{x.shape[0]} tokens, {experts.shape[0]} choices")
+    require(op, weights.shape == experts.shape, f"{weights} for {experts}")
+    require(op, len(inward.shape) == 2 and inward.shape[1] == x.shape[1], f"{x} by {inward}")
+    require(op, outward.shape[:1] == inward.shape[:1], f"{inward} and {outward}")
+    require(op, len(body.inputs) == 1 and len(body.outputs) == 1, "a body maps sums to sums")
+    require(op, not body.params, "the experts' weights are not its body's")
+    return (TensorType(outward.dtype, (x.shape[0], outward.shape[1])),)
+
+
+@defop("moe.neurons", _infer_neurons, "x, experts, weights, inward, outward", tokenwise=True)
+def neurons(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """x[T, D], experts[T, k], weights[T, k], inward[E, D], outward[E, D'] -> y[T, D'].
+
+    y[t] = sum over s of weights[t, s] * f(x[t] . inward[e]) * outward[e], e = experts[t, s], where
+    the body is f, an element-wise function (He 2024, arXiv 2407.04153, equation 2).
+    """
+    x, experts, weights, inward, outward = tensors
+    ids = experts.long()
+    sums = (inward[ids] * x[:, None]).sum(2)
+    (active,) = run(cast(Graph, op.body), [sums.flatten()])
+    return ((active.view_as(weights) * weights)[..., None] * outward[ids]).sum(1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from moec.ir.graph import Op, TensorType
 from moec.ir.opdef import Runner, defop, require, tensors_of
-from moec.ir.ops.routing.routing import Routing, route_logits
+from moec.ir.ops.routing.routing import Routing, choice_scores, route_logits
 from moec.ir.sizes.dims import Dim
 
 
@@ -86,3 +86,59 @@ def capacity(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], 
     choices = torch.where(position < attrs["capacity"], flat, count)
     tokens, k = experts.shape
     return choices.reshape(k, tokens).t().contiguous() if by_slot else choices.reshape(tokens, k)
+
+
+def _infer_force(op: Op) -> tuple[TensorType, ...]:
+    weights, experts, logits, forced = op.inputs
+    require(op, weights.shape == experts.shape, f"{weights.type} weighs {experts.type}")
+    require(op, logits.shape[:1] == experts.shape[:1], f"{logits} are not of {experts}")
+    require(op, forced.shape == experts.shape[:1], f"{forced} is not one id for each token")
+    return (weights.type, experts.type)
+
+
+@defop("moe.force", _infer_force, "weights, experts, logits, forced", tokenwise=True)
+def force(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """weights[T, k], experts[T, k], logits[T, E], forced[T] -> weights[T, k], experts[T, k].
+
+    Where forced[t] is none of experts[t], it takes the place of the last one, and its weight is
+    score(logits)[t, forced[t]] times `scale`. Attributes: `score` and `scale` of `Routing`.
+    """
+    weights, experts, logits, forced = tensors
+    routing = Routing.of(op)
+    column = forced.long()[:, None]
+    missing = (experts != column).all(-1, keepdim=True)
+    score = choice_scores(routing, logits, None).gather(1, column) * routing.scale
+    last = torch.where(missing, column, experts[:, -1:])
+    weight = torch.where(missing, score.to(weights.dtype), weights[:, -1:])
+    return torch.cat([weights[:, :-1], weight], 1), torch.cat([experts[:, :-1], last], 1)
+
+
+def groups_of(op: Op) -> tuple[int, ...]:
+    """The number of experts of each group."""
+    return cast("tuple[int, ...]", op.attrs["groups"])
+
+
+def _infer_hierarchy(op: Op) -> tuple[TensorType, ...]:
+    values, logits, weights = op.inputs
+    groups = groups_of(op)
+    require(op, values.shape == logits.shape, f"{logits.type} weighs {values.type}")
+    require(op, sum(groups) == values.shape[-1], f"groups {groups} of {values.shape[-1]} experts")
+    expected = (*values.shape[:-1], len(groups))
+    require(op, weights.shape == expected, f"{weights} does not weigh {len(groups)} groups")
+    return (TensorType(values.dtype, values.shape[:-1]),)
+
+
+@defop("moe.hierarchy", _infer_hierarchy, "values, logits, weights")
+def hierarchy(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """values[.., E], logits[.., E], weights[.., G] -> the sum over groups g of
+    weights[.., g] * sum over the experts e of g of softmax(logits of g)[.., e] * values[.., e].
+
+    `groups` has the number of experts of each group; the experts of a group are consecutive.
+    """
+    values, logits, weights = tensors
+    groups = list(groups_of(op))
+    shares = torch.cat([part.softmax(-1) for part in torch.split(logits, groups, -1)], -1)
+    parts = [part.sum(-1) for part in torch.split(shares * values, groups, -1)]
+    return (torch.stack(parts, -1) * weights).sum(-1)

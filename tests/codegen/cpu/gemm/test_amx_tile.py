@@ -16,9 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from moec.codegen.build import assembly
-from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.linear import linear, linears
+from moec.codegen.cpu.gemm.linear import gathered_linear, grouped_linear, linear, linears
 from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec

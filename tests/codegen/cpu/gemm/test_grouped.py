@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.linear import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS
 from moec.codegen.cpu.vector import Vector

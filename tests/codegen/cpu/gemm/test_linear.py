@@ -174,7 +174,7 @@ def test_results_depend_on_no_other_row(build, dtype):
 SCRIPT = """
 import os, torch, tvm
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.gemm.grouped import grouped_linear
+from moec.codegen.cpu.gemm.linear import grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
 from moec.codegen.cpu.gemm.pack import pack
 from moec.target.cpu import host

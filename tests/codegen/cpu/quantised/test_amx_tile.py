@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from moec.codegen.build import assembly
-from moec.codegen.cpu.quantised.grouped import quantised_linear
+from moec.codegen.cpu.quantised.grouped import quantised_linear, quantised_linears
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
-from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.specs.products import QuantisedSpec
 from moec.ir.formats.notation import Format, parse
 from moec.target.cpu import TARGETS, missing

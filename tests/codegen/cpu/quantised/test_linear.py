@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.codegen.cpu.quantised.linear import quantised_linears
+from moec.codegen.cpu.quantised.grouped import quantised_linears
 from moec.codegen.package import build as package
 from moec.codegen.specs.products import QuantisedSpec
 from moec.ir.formats.integer import quantise

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.codegen.cpu.gemm.grouped import grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.linear import grouped_linear
 from moec.codegen.cpu.routing.zero_experts import zero_experts
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import ZeroSpec

@@ -13,7 +13,7 @@ from torch import Tensor
 from moec.codegen.cuda.activation import gated, silu
 from moec.codegen.cuda.gemm.gemv import gemv
 from moec.codegen.cuda.gemm.grouped import grouped_linear
-from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from tests.cuda_emulator.bugs import Bug, check_found

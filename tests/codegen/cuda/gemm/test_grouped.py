@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cuda.activation import Epilogue, gated, silu
 from moec.codegen.cuda.gemm.grouped import grouped_linear
-from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.cuda.gemm.tiles import LARGE, TileShape, row_and_column
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch

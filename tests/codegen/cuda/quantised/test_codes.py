@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from moec.codegen.cuda.activation import gated, silu
-from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.cuda.gemm.tiles import TileShape
 from moec.codegen.cuda.quantised.codes import pack, piece_of, place
 from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, gemv_codes, grouped_codes
