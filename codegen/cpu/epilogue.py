@@ -54,20 +54,18 @@ def vector_body(body: Graph) -> VectorBody | None:
                 return None
     if body.params or len(body.outputs) != 1:
         return None
-    return VectorBody(body, _canonical(body))
+    return VectorBody(body, body_text(body))
 
 
-def _canonical(body: Graph) -> str:
-    """The body's text with values numbered, so that layers with other names share a kernel."""
+def body_text(body: Graph) -> str:
+    """The body with values numbered, so that layers with other names share a kernel."""
     numbers: dict[Value, int] = {}
     for value in body.values():
         numbers[value] = len(numbers)
     lines = [str([v.dtype for v in body.inputs])]
     for op in body.ops:
-        inputs = [numbers[v] for v in op.inputs]
-        lines.append(
-            f"{op.name} {inputs} {sorted(map(str, op.attrs.items()))} {op.outputs[0].dtype}"
-        )
+        inputs, attrs = [numbers[v] for v in op.inputs], sorted(map(str, op.attrs.items()))
+        lines.append(f"{op.name} {inputs} {attrs} {op.outputs[0].dtype}")
     return "\n".join([*lines, str([numbers[v] for v in body.outputs])])
 
 
@@ -88,97 +86,16 @@ class _VectorCall:
         return self.v.splat(float(argument))
 
 
-VECTOR_OPS: dict[str, Callable[[_VectorCall], Expr]] = {}
+def _scaled(c: _VectorCall, name: str) -> Expr:
+    """An operand times alpha."""
+    return c.get(name) if c["alpha"] == 1 else c.get(name) * c.v.splat(float(c["alpha"]))
 
 
-def _vector(
-    *names: str,
-) -> Callable[[Callable[[_VectorCall], Expr]], Callable[[_VectorCall], Expr]]:
-    def register(emit: Callable[[_VectorCall], Expr]) -> Callable[[_VectorCall], Expr]:
-        for name in names:
-            VECTOR_OPS[f"aten.{name}" if "." in name else f"aten.{name}.default"] = emit
-        return emit
-
-    return register
-
-
-@_vector("add.Tensor", "add.Scalar")
-def _add(c: _VectorCall) -> Expr:
-    other = c.get("other")
-    return c.get("self") + (other if c["alpha"] == 1 else other * c.v.splat(float(c["alpha"])))
-
-
-@_vector("sub.Tensor", "sub.Scalar")
-def _sub(c: _VectorCall) -> Expr:
-    other = c.get("other")
-    return c.get("self") - (other if c["alpha"] == 1 else other * c.v.splat(float(c["alpha"])))
-
-
-@_vector("rsub.Scalar", "rsub.Tensor")
-def _rsub(c: _VectorCall) -> Expr:
-    subtrahend = c.get("self")
-    return c.get("other") - (
-        subtrahend if c["alpha"] == 1 else subtrahend * c.v.splat(float(c["alpha"]))
-    )
-
-
-@_vector("mul.Tensor", "mul.Scalar")
-def _mul(c: _VectorCall) -> Expr:
-    return c.get("self") * c.get("other")
-
-
-@_vector("div.Tensor", "div.Scalar")
-def _div(c: _VectorCall) -> Expr:
-    return c.get("self") / c.get("other")
-
-
-@_vector("neg")
-def _neg(c: _VectorCall) -> Expr:
-    return c.v.splat(0.0) - c.get("self")
-
-
-@_vector("_to_copy", "clone", "alias", "detach", "contiguous")
-def _identity(c: _VectorCall) -> Expr:
-    return c.get("self")
-
-
-@_vector("silu")
-def _silu(c: _VectorCall) -> Expr:
-    return c.v.silu(c.get("self"))
-
-
-@_vector("sigmoid")
-def _sigmoid(c: _VectorCall) -> Expr:
-    return c.v.sigmoid(c.get("self"))
-
-
-@_vector("tanh")
-def _tanh(c: _VectorCall) -> Expr:
-    return c.v.tanh(c.get("self"))
-
-
-@_vector("exp")
-def _exp(c: _VectorCall) -> Expr:
-    return c.v.exp(c.get("self"))
-
-
-@_vector("relu")
-def _relu(c: _VectorCall) -> Expr:
-    return c.v.relu(c.get("self"))
-
-
-@_vector("gelu")
 def _gelu(c: _VectorCall) -> Expr:
     x = c.get("self")
     return c.v.gelu_tanh(x) if c["approximate"] == "tanh" else c.v.gelu(x)
 
 
-@_vector("erf")
-def _erf(c: _VectorCall) -> Expr:
-    return c.v.erf(c.get("self"))
-
-
-@_vector("pow.Tensor_Scalar")
 def _pow(c: _VectorCall) -> Expr:
     x = c.v.bind(c.get("self"))
     if c["exponent"] == 2:
@@ -188,21 +105,35 @@ def _pow(c: _VectorCall) -> Expr:
     return T.pow(x, c.v.splat(float(c["exponent"])))
 
 
-@_vector("clamp", "hardtanh")
 def _clamp(c: _VectorCall) -> Expr:
-    names = ("min_val", "max_val") if "hardtanh" in c.op.name else ("min", "max")
     x = c.get("self")
-    for name, by in zip(names, (c.v.at_least, c.v.at_most), strict=True):
-        if c[name] is not None and math.isfinite(c[name]):
-            x = by(x, float(c[name]))
+    for name, by in (("min", c.v.at_least), ("max", c.v.at_most)):
+        limit = named(c.op).get(name, named(c.op).get(f"{name}_val"))
+        if limit is not None and (math.isfinite(limit) or "clamp_" in c.op.name):
+            x = by(x, float(limit))
     return x
 
 
-@_vector("clamp_min")
-def _clamp_min(c: _VectorCall) -> Expr:
-    return c.v.at_least(c.get("self"), float(c["min"]))
-
-
-@_vector("clamp_max")
-def _clamp_max(c: _VectorCall) -> Expr:
-    return c.v.at_most(c.get("self"), float(c["max"]))
+_RULES: dict[str, Callable[[_VectorCall], Expr]] = {
+    "add.Tensor add.Scalar": lambda c: c.get("self") + _scaled(c, "other"),
+    "sub.Tensor sub.Scalar": lambda c: c.get("self") - _scaled(c, "other"),
+    "rsub.Scalar rsub.Tensor": lambda c: c.get("other") - _scaled(c, "self"),
+    "mul.Tensor mul.Scalar": lambda c: c.get("self") * c.get("other"),
+    "div.Tensor div.Scalar": lambda c: c.get("self") / c.get("other"),
+    "neg": lambda c: c.v.splat(0.0) - c.get("self"),
+    "_to_copy clone alias detach contiguous": lambda c: c.get("self"),
+    "silu": lambda c: c.v.silu(c.get("self")),
+    "sigmoid": lambda c: c.v.sigmoid(c.get("self")),
+    "tanh": lambda c: c.v.tanh(c.get("self")),
+    "exp": lambda c: c.v.exp(c.get("self")),
+    "relu": lambda c: c.v.relu(c.get("self")),
+    "erf": lambda c: c.v.erf(c.get("self")),
+    "gelu": _gelu,
+    "pow.Tensor_Scalar": _pow,
+    "clamp hardtanh clamp_min clamp_max": _clamp,
+}
+VECTOR_OPS = {
+    f"aten.{name}" if "." in name else f"aten.{name}.default": emit
+    for names, emit in _RULES.items()
+    for name in names.split()
+}

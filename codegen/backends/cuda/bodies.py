@@ -49,15 +49,3 @@ def epilogue(body: Graph) -> Epilogue:
         return emission.read(out, at).expr
 
     return join
-
-
-def text(body: Graph) -> str:
-    """The body as text with numbered values, so that layers with other names share a kernel."""
-    numbers: dict[Value, int] = {}
-    for value in body.values():
-        numbers[value] = len(numbers)
-    lines = [str([v.dtype for v in body.inputs])]
-    for op in body.ops:
-        inputs, attrs = [numbers[v] for v in op.inputs], sorted(map(str, op.attrs.items()))
-        lines.append(f"{op.name} {inputs} {attrs} {op.outputs[0].dtype}")
-    return "\n".join([*lines, str([numbers[v] for v in body.outputs])])

@@ -12,8 +12,9 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda import unpack
-from moec.codegen.backends.cuda.bodies import epilogue, text
+from moec.codegen.backends.cuda.bodies import epilogue
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
+from moec.codegen.cpu.epilogue import body_text
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import check_few_rows
 from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of
@@ -63,7 +64,7 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     def make(name: str) -> PrimFunc:
         return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, name=name)
 
-    key = ("grouped", spec, top_k, None if op.body is None else text(op.body))
+    key = ("grouped", spec, top_k, None if op.body is None else body_text(op.body))
     name = "gathered" if top_k else "grouped"
     arguments = [low.value(parts.x)]
     if parts.order is not None:

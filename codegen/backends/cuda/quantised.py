@@ -13,9 +13,10 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda import unpack
-from moec.codegen.backends.cuda.bodies import epilogue, text
+from moec.codegen.backends.cuda.bodies import epilogue
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.backends.cuda.products import LEAST, stack
+from moec.codegen.cpu.epilogue import body_text
 from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.cuda.quantised.codes import pack
 from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, grouped_codes
@@ -69,7 +70,7 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     arguments += [low.value(parts.ends), _packed(low, codes, spec.format.bits)]
     if parts.biases:
         arguments.append(stack(low, parts.biases))
-    key = ("codes", spec, top_k, None if op.body is None else text(op.body))
+    key = ("codes", spec, top_k, None if op.body is None else body_text(op.body))
     low.note(op, spec.format.kind)
     return low.call(low.function(key, "codes", make), arguments, [op.outputs[0].type])
 
