@@ -28,7 +28,7 @@ from moec.codegen.cpu.compressed.weights import Weights, dot_pairs, total, zero
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
-from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Epilogue, Operands, Tile
+from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Epilogue, Operands, RowRun, Tile
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
@@ -64,17 +64,10 @@ class CompressedTile(Tile):
     def tiles_at_once(self) -> int:
         return 1
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
+    def rows(self, run: RowRun) -> None:
         """As Tile.rows, without prefetching: the address of the `following` weights is known only
         once these are decoded."""
+        group, tile, first, count, _, _ = run
         with T.If(count < MANY):
             with T.Then():
                 self._groups(

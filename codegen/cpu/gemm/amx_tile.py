@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.gemm.row_blocks import ceildiv
-from moec.codegen.cpu.gemm.tile import Tile
+from moec.codegen.cpu.gemm.tile import RowRun, Tile
 from moec.codegen.cpu.llvm.amx import SUMS, TILE_BYTES, TILE_ROWS
 
 STEPS = TILE_ROWS  # steps of K, each a pair, that one register holds
@@ -65,15 +65,8 @@ class AmxTile(Tile):
         fit = self.layout.target.l2 // 2 // (self.layout.spec.k * 2)
         return max(1, fit // MOST_ROWS) * MOST_ROWS
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
+    def rows(self, run: RowRun) -> None:
+        group, tile, first, count, _, tiles = run
         v, lay = self.vector, self.layout
         panel = self._row_panel()
         sums = v.scratch((MOST_ROWS, lay.columns), "float32")

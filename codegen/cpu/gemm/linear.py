@@ -19,7 +19,7 @@ from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct, W, X
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
-from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.gemm.tile import Epilogue, Operands, RowRun, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import CpuTarget
@@ -127,7 +127,7 @@ def _dispatch(
             width = T.bind(T.min(most, tile.layout.tiles - column))
         behind = T.bind(T.min(column + width, T.int32(tile.layout.tiles - 1)))
         following = (T.int32(0), T.bind(T.Select(last, behind, column)))
-        tile.rows(T.int32(0), column, first, rows, following, width)
+        tile.rows(RowRun(T.int32(0), column, first, rows, following, width))
 
     if not others:
         run()

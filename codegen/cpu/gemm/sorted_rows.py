@@ -21,7 +21,7 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct, W, X
-from moec.codegen.cpu.gemm.tile import Tile
+from moec.codegen.cpu.gemm.tile import RowRun, Tile
 from moec.codegen.cpu.vector import Vector
 
 
@@ -122,7 +122,8 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
         first, end = _bounds(ends, e)
         with T.If(first < end), T.Then():
             _, after, column_after = unit_at(T.min(unit + 1, units - 1))
-            tile.rows(e, column, first, end - first, (after, column_after), tile_count)
+            following = (after, column_after)
+            tile.rows(RowRun(e, column, first, end - first, following, tile_count))
         if zero_unowned_rows:
             with T.If(i == count - 1), T.Then(), T.serial(0, tile_count) as t:
                 past = T.bind(T.cast(ends[tile.layout.spec.groups - 1], "int64"))
@@ -150,8 +151,8 @@ def each_visit(
             with T.If(slot < 0), T.Then():
                 T.evaluate(tirx.tvm_throw_last_error())
             group = T.bind(T.cast(slot, "int64"))
-            following = T.bind(T.min(column + at_once, tiles - 1))
-            tile.rows(group, column, first, end - first, (group, following), tile_count)
+            following = (group, T.bind(T.min(column + at_once, tiles - 1)))
+            tile.rows(RowRun(group, column, first, end - first, following, tile_count))
             T.evaluate(T.call_extern("int32", "expert_store_done", store, stack, i, blocks))
         if zero_unowned_rows:
             with T.If(i == count - 1), T.Then(), T.serial(0, tile_count) as t:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -71,6 +72,18 @@ class Operands:
     gathered: bool  # consecutive rows of y may be anywhere in x
 
 
+class RowRun(NamedTuple):
+    """y[first : first + count, columns of `tiles` tiles from `tile` on], int64, by the weights of
+    one group. `following` are group and tile of the weights that this thread reads next."""
+
+    group: Expr
+    tile: Expr
+    first: Expr
+    count: Expr
+    following: tuple[Expr, Expr]
+    tiles: Expr | int = 1
+
+
 @dataclass(frozen=True)
 class Tile:
     """Emits the loops over rows and K for one tile of columns."""
@@ -120,21 +133,10 @@ class Tile:
         """The expert whose weights are read as that number of all."""
         return number
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
-        """Computes y[first : first + count, columns of `tiles` tiles from `tile` on]; first and
-        count are int64.
-
-        `following` are group and tile of the weights that this thread reads next; if there are
-        more rows than a block, they are prefetched meanwhile.
-        """
+    def rows(self, run: RowRun) -> None:
+        """Computes the run; if it has more rows than a block, the weights that follow are
+        prefetched meanwhile."""
+        group, tile, first, count, following, tiles = run
         with T.serial(0, tiles) as t:
             one = T.bind(tile + t)
             last = T.bind(t == tiles - 1)
@@ -142,12 +144,11 @@ class Tile:
                 T.bind(T.Select(last, following[0], group)),
                 T.bind(T.Select(last, following[1], one + 1)),
             )
-            self._rows_of(group, one, first, count, after)
+            self._rows_of(RowRun(group, one, first, count, after))
 
-    def _rows_of(
-        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
-    ) -> None:
+    def _rows_of(self, run: RowRun) -> None:
         """As `rows`, for one tile."""
+        group, tile, first, count, following, _ = run
         lay = self.layout
         blocks = ceil_of(lay.depth, lay.depth_block)
         if blocks == 1:

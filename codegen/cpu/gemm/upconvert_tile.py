@@ -20,7 +20,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu.gemm.prefetch import Following, wide
 from moec.codegen.cpu.gemm.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
-from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
+from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS, Fetch, Partial, Registers, RowRun, Tile, Where
 
 WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small L1 cache
 MORE = 4  # times as many tiles at once as in other kernels
@@ -66,15 +66,8 @@ class WidenedTile(Tile):
     def dense_tiles(self) -> int:
         return min(self.layout.tiles, 2 * MORE)
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
+    def rows(self, run: RowRun) -> None:
+        group, tile, first, count, following, tiles = run
         height, depth = self.layout.target.tile_rows, self.layout.depth
         full_block = DepthBlock(group, tile, 0, depth)
         with T.If(count < height):

@@ -18,6 +18,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.gemm.row_blocks import ceildiv
+from moec.codegen.cpu.gemm.tile import RowRun
 from moec.codegen.cpu.llvm.amx import TILE_BYTES, TILE_ROWS
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.tile import QuantisedTile
@@ -66,22 +67,15 @@ class AmxQuantisedTile(QuantisedTile):
     def _most_rows(self) -> int:
         return self._blocks_of_rows * TILE_ROWS
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
-        with T.If(count < DOTS_BELOW // self._planes):
+    def rows(self, run: RowRun) -> None:
+        with T.If(run.count < DOTS_BELOW // self._planes):
             with T.Then():
-                super().rows(group, tile, first, count, following, tiles)
+                super().rows(run)
             with T.Else():
-                self._many(group, tile, first, count, tiles)
+                self._many(run)
 
-    def _many(self, group: Expr, tile: Expr, first: Expr, count: Expr, tiles: Expr | int) -> None:
+    def _many(self, run: RowRun) -> None:
+        group, tile, first, count, _, tiles = run
         v, lay, bits = self.vector, self.layout, self.layout.spec.format.bits
         steps, most = lay.spec.k // CODES, self._most_rows
         scratch = _Scratch(

@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.gemm.prefetch import wide
-from moec.codegen.cpu.gemm.tile import Fetch, Partial, Registers, Tile
+from moec.codegen.cpu.gemm.tile import Fetch, Partial, Registers, RowRun, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import DepthBlock, Elements, WidenedTile
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
@@ -74,16 +74,14 @@ class Fp8Tile(Tile):
     def factor(self) -> int:
         return CODES
 
-    def _rows_of(
-        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
-    ) -> None:
+    def _rows_of(self, run: RowRun) -> None:
         shape = (self.layout.depth_block, CODES // 2, self.layout.columns)
-        with T.If(count <= FEW):
+        with T.If(run.count <= FEW):
             with T.Then():
-                super()._rows_of(group, tile, first, count, following)
+                super()._rows_of(run)
             with T.Else():
                 many = replace(self, panel=self.vector.scratch(shape, "int32"))
-                super(Fp8Tile, many)._rows_of(group, tile, first, count, following)
+                super(Fp8Tile, many)._rows_of(run)
 
     def _ready(self, group: Expr, tile: Expr, start: Expr | int, stop: Expr | int) -> Tile:
         if self.panel is not None:

@@ -15,7 +15,7 @@ from moec.codegen.cpu.gemm.amx_tile import MOST_ROWS, STEPS, AmxRows, AmxTile, D
 from moec.codegen.cpu.gemm.linear import dense_products
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
-from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.gemm.tile import Epilogue, Operands, RowRun, Tile
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
 from moec.codegen.cpu.quantised.fp8_tile import CODES, Fp8Tile, Fp8WidenedTile, scales_of
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
@@ -61,26 +61,19 @@ class AmxFp8Tile(AmxTile):
         most = max(1, lay.depth_block // WORDS)
         return WORDS * max(n for n in range(1, most + 1) if parts % n == 0)
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
+    def rows(self, run: RowRun) -> None:
         v, columns = self.vector, self.layout.columns
-        with T.If(count <= FEW):
+        with T.If(run.count <= FEW):
             with T.Then():
-                self._few(group, tile, first, count, tiles)
+                self._few(run)
             with T.Else():
                 panel = v.scratch((self.block_words, CODES // 2, columns), "int32")
                 block = v.scratch((MOST_ROWS, columns), "float32")
                 many = replace(self, panel=panel, block=block)
-                super(AmxFp8Tile, many).rows(group, tile, first, count, following, tiles)
+                super(AmxFp8Tile, many).rows(run)
 
-    def _few(self, group: Expr, tile: Expr, first: Expr, count: Expr, tiles: Expr | int) -> None:
+    def _few(self, run: RowRun) -> None:
+        group, tile, first, count, _, tiles = run
         v, ops, k = self.vector, self.operands, self.layout.spec.k
         wide_rows = v.scratch((FEW, k), "float32")
         with T.serial(0, count) as i:

@@ -21,7 +21,7 @@ from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
-from moec.codegen.cpu.gemm.tile import Epilogue, Tile
+from moec.codegen.cpu.gemm.tile import Epilogue, RowRun, Tile
 from moec.codegen.cpu.quantised.grouped import QuantisedWeights, quantised_tile
 from moec.codegen.cpu.quantised.layout import QuantisedLayout, RowCodes
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
@@ -75,22 +75,14 @@ class MixedTile(Tile):
     def expert_at(self, number: Expr) -> Expr:
         return self.table[number, 2]
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr],
-        tiles: Expr | int = 1,
-    ) -> None:
-        after, column_after = following
-        format, position = (T.bind(self.table[group, i]) for i in range(2))
+    def rows(self, run: RowRun) -> None:
+        after, column_after = run.following
+        format, position = (T.bind(self.table[run.group, i]) for i in range(2))
         next_format, next_position = (T.bind(self.table[after, i]) for i in range(2))
         for number, part in enumerate(self.parts):
             with T.If(format == number), T.Then():
                 next_one = T.bind(T.Select(next_format == number, next_position, position))
-                part.rows(position, tile, first, count, (next_one, column_after), tiles)
+                part.rows(run._replace(group=position, following=(next_one, column_after)))
 
 
 def mixed_linear(

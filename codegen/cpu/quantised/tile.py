@@ -31,7 +31,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.gemm.prefetch import Following
-from moec.codegen.cpu.gemm.tile import Fetch, Operands, Tile
+from moec.codegen.cpu.gemm.tile import Fetch, Operands, RowRun, Tile
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.dot_products import dots
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
@@ -56,9 +56,9 @@ class QuantisedTile(Tile):
     layout: QuantisedLayout
     operands: QuantisedOperands
 
-    def _rows_of(
-        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
-    ) -> None:
+    def _rows_of(self, run: RowRun) -> None:
+        group, tile, first, count, following, _ = run
+
         def row_block(row: Expr, m: int, fetch: Fetch | None) -> None:
             self._row_block(group, tile, row, m, fetch)
 
