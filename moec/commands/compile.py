@@ -204,8 +204,7 @@ def _note_times(
 ) -> None:
     """Logs the slowest steps, and remembers the phases of a whole compilation."""
     from moec.cache import default_store
-    from moec.commands.compilation.estimate import bytes_of_files
-    from moec.commands.compilation.past_runs import PastRun, remember
+    from moec.commands.compilation.estimate import PastRun, bytes_of_files, remember
 
     slowest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
     passes = sorted(compiled.pass_results, key=lambda result: -result.seconds)[:3]
@@ -218,8 +217,7 @@ def _note_times(
 def _phases(request: CompileRequest) -> dict[str, float]:
     """The seconds that each phase is expected to take, by name."""
     from moec.cache import default_store
-    from moec.commands.compilation.estimate import bytes_of_files
-    from moec.commands.compilation.past_runs import expected, past_runs
+    from moec.commands.compilation.estimate import bytes_of_files, expected, past_runs
     from moec.commands.output.progress import BEFORE_CODE, COMPILE
 
     names = set(COMPILE if request.builds else BEFORE_CODE)

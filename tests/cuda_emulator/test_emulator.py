@@ -10,8 +10,7 @@ from torch import Tensor
 
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.tiles import TileShape
-from moec.codegen.cuda.routing.combine import combine
-from moec.codegen.cuda.routing.dispatch import dispatch
+from moec.codegen.cuda.routing.dispatch import combine, dispatch
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from tests.cuda_emulator.bugs import EARLY, WHERE_LATE, WHERE_SKEWED, Bug, check_found

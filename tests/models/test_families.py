@@ -148,7 +148,7 @@ def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) ->
     assert distance(torch.cat(pieces, 1), expected) <= limit
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_bfloat16(name: str) -> None:
     """At sizes that no verification tries, the error is eager's own, near ties included."""
     model = compiled(name, torch.bfloat16, (2, 7))

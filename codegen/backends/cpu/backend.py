@@ -17,8 +17,7 @@ from moec.codegen.cpu.attention.attention import attention
 from moec.codegen.cpu.attention.linear_attention import linear_attention
 from moec.codegen.cpu.link import linked, linker_for
 from moec.codegen.cpu.norm import norm
-from moec.codegen.cpu.routing.combine import combine
-from moec.codegen.cpu.routing.dispatch import dispatch
+from moec.codegen.cpu.routing.dispatch import combine, dispatch
 from moec.codegen.cpu.routing.gate import gate
 from moec.codegen.cpu.routing.route import route
 from moec.codegen.cpu.routing.zero_experts import zero_experts

@@ -22,8 +22,7 @@ from moec.codegen.cuda.append import append
 from moec.codegen.cuda.compiler import nvcc, nvrtc
 from moec.codegen.cuda.compiler.source import Lowered, launcher, lowered
 from moec.codegen.cuda.norm import norm
-from moec.codegen.cuda.routing.combine import combine
-from moec.codegen.cuda.routing.dispatch import dispatch
+from moec.codegen.cuda.routing.dispatch import combine, dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.object_cache import compiled_objects, contents_of
 from moec.codegen.rules import caches, experts, norms, sizes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from moec.capture.speculate.refusals import (
     unproved,
 )
 from moec.capture.speculate.trace import Assumed, Export, Traced, trace
+from moec.capture.user_code.probe import SpeculationProbe
 from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError
 from moec.ir.graph import Program
@@ -186,30 +186,3 @@ def _cut(program: Program, outputs: int) -> Program:
         ops.append(op)
         needed.update(op.inputs)
     return replace(program, graph=replace(graph, outputs=results, ops=tuple(reversed(ops))))
-
-
-class SpeculationProbe(torch.nn.Module):
-    """Has counts from tolist, a branch on a count, slices between counts, a capacity computed in
-    floats, and a custom autograd function."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ids = x.argmax(-1)
-        order = ids.argsort()
-        limit = max(math.ceil(x.shape[0] * 0.5), 1)
-        y, start = torch.zeros_like(x), 0
-        for count in torch.bincount(ids, minlength=int(x.shape[1])).tolist():
-            if count == 0:
-                continue
-            rows = order[start : start + count]
-            start += count
-            doubled = Doubled.apply(x[rows])  # type: ignore[no-untyped-call]
-            y.index_add_(0, rows, doubled)
-        return y * (torch.arange(x.shape[0]) < limit)[:, None]
-
-
-class Doubled(torch.autograd.Function):
-    """x * 2."""
-
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return x * 2

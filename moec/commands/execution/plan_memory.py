@@ -15,7 +15,7 @@ from moec.commands.output.echo import echo
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
-    from moec.plan.simulation.within_memory import Residency, Speeds
+    from moec.plan.simulation.slots_by_trace import Residency, Speeds
     from moec.report.data import Block
     from moec.runtime.artifact.artifact import Artifact
 
@@ -60,7 +60,7 @@ def plan_memory(path: Path, limits: str, trace: Path | None, as_json: bool) -> N
 def _expected(
     path: Path, limits: Sequence[int], trace: Path | None
 ) -> tuple[Speeds, list[Residency]]:
-    from moec.plan.simulation.within_memory import Speeds, expect
+    from moec.plan.simulation.slots_by_trace import Speeds, expect
     from moec.report.data import ReportData
     from moec.runtime.artifact.artifact import read
     from moec.runtime.call.routing_trace import load_trace

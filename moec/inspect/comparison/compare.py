@@ -23,8 +23,7 @@ from moec.errors import InputError, UsageError
 from moec.inspect.bench.contenders import compiled
 from moec.inspect.bench.race import Load, race
 from moec.inspect.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
-from moec.inspect.exploration.explored_model import with_lines
-from moec.inspect.exploration.weights import stored_weights
+from moec.inspect.exploration.explored_model import stored_weights, with_lines
 from moec.ir.graph import Graph, Op, Value
 from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel, load

@@ -39,8 +39,7 @@ from moec.codegen.cuda.gemm.tiles import CODES, FLOATS, LARGE, SMALL, TileShape
 from moec.codegen.cuda.instructions import WARP
 from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.quantised.grouped_codes import gemv_codes, grouped_codes
-from moec.codegen.cuda.routing.combine import combine
-from moec.codegen.cuda.routing.dispatch import dispatch
+from moec.codegen.cuda.routing.dispatch import combine, dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec import cache
-from moec.commands.compilation.past_runs import MOST, PastRun, expected, past_runs, remember
+from moec.commands.compilation.estimate import MOST, PastRun, expected, past_runs, remember
 
 OTHERWISE = {"capture": 20.0, "kernels": 18.0, "verify": 3.0}
 

@@ -17,7 +17,7 @@ import moec
 from moec import __main__ as front
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.inspect.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
-from moec.inspect.exploration.weights import weights_of
+from moec.inspect.exploration.explored_model import weights_of
 from moec.report.pass_graphs.table import GraphTable
 from tests.once import Once
 

@@ -7,7 +7,7 @@ import pytest
 
 from moec.errors import UsageError
 from moec.plan.simulation.residency import Eviction, decode_hits
-from moec.plan.simulation.within_memory import Residency, Speeds, expect
+from moec.plan.simulation.slots_by_trace import Residency, Speeds, expect
 from moec.runtime.call.routing_trace import RoutingTrace
 from moec.runtime.expert_store.slots import LayerSize, MemoryLimit
 from tests.plan.simulation.test_residency import WORKING, trace_of

@@ -242,7 +242,7 @@ def test_where_there_is_a_gpu_tvm_compiles_nothing(process: tuple[Path, dict[str
     """With a driver, TVM's code generator would call NVRTC of a package that moec does not need."""
     _, environment = process
     program = (
-        "from moec.codegen.cuda.routing.combine import combine\n"
+        "from moec.codegen.cuda.routing.dispatch import combine\n"
         "from moec.codegen.cuda.compiler.source import lowered\n"
         "from moec.codegen.specs.routing import CombineSpec\n"
         "from moec.target.cuda import TARGETS\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.codegen.cpu.routing.combine import combine
+from moec.codegen.cpu.routing.dispatch import combine
 from moec.target.cpu import TARGETS, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ import pytest
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.backends.cuda.backend import cubin
 from moec.codegen.cuda.compiler.source import lowered
-from moec.codegen.cuda.routing.combine import combine
+from moec.codegen.cuda.routing.dispatch import combine
 from moec.codegen.specs.routing import CombineSpec
 from moec.errors import TargetError
 from moec.target import nvidia

@@ -10,7 +10,7 @@ from moec.codegen.cuda.activation import gated, silu
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.tiles import TileShape
-from moec.codegen.cuda.routing.combine import combine
+from moec.codegen.cuda.routing.dispatch import combine
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, RouteSpec

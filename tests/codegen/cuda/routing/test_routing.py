@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moec.codegen.cuda.routing.combine import combine
-from moec.codegen.cuda.routing.dispatch import dispatch
+from moec.codegen.cuda.routing.dispatch import combine, dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.errors import NoMatch

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.codegen.cuda.routing.combine import combine
+from moec.codegen.cuda.routing.dispatch import combine
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.routing import CombineSpec, RouteSpec
 from moec.ir.ops.routing.routing import Routing, route_logits
