@@ -32,6 +32,7 @@ from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import branch_taken, require_both_branches, thresholds
 from moec.passes.proof.input_generators import Feed, correction_scale, input_cases, sample
 from moec.passes.proof.random_params import RandomParams, is_constant
+from moec.torch_private import pytree
 
 TOLERANCE = 2e-4
 """Tolerance, relative to the largest result: float32 sums of a few thousand terms, reordered."""
@@ -135,21 +136,6 @@ class Prover:
         replacement, and is the reason to report; it takes all cases to see, so they are run first
         only if the reason is to be `explained`.
         """
-        elements = sum(math.prod(map(int, param.shape)) for param in before.params)
-        with threads_for(elements):
-            self._prove(before, after, feeds, limits, decisions, compare, bind, explained)
-
-    def _prove(
-        self,
-        before: Graph,
-        after: Graph,
-        feeds: Mapping[Value, Feed],
-        limits: Sequence[int],
-        decisions: Sequence[Op],
-        compare: Compare | None,
-        bind: Bind | None,
-        explained: bool,
-    ) -> None:
         if (narrow := _rounds_to(before)) and not _rounds_to(after) and self._wide:
             raise NoMatch(f"it rounds to {narrow}, which its replacement does not")
         counts = _counts([*limits, *_limits(before), *_limits(after), *_thresholds(before)])
@@ -159,27 +145,29 @@ class Prover:
         left = "\n".join([canonical_text(before), *fixed])
         key = left + canonical_text(_with_interface_of(before, after))
         if key not in self.verdicts:
-            try:
-                if left not in self.runs:
-                    cases = self._cases(before, feeds, counts, bind, decisions)
-                    self.runs[left] = Cases(cases)
-                if decisions and explained:
-                    list(self.runs[left])
-                wide = widen(after)
-                if all(_is_zero(case) for case in self.runs[left]):
-                    raise NoMatch("its result is 0 on all random inputs: every block agrees")
-                for case in self.runs[left]:
-                    tensors = self._tensors(case, before, after)
-                    result = _run("its replacement", wide, tensors, case.env)
-                    inputs = dict(zip(before.inputs, case.inputs, strict=True))
-                    wrong = (compare or compare_results)(case.result, result, inputs)
-                    if wrong:
-                        raise NoMatch(f"{wrong} ({case.name})")
-                self.verdicts[key] = ""
-            except NoMatch as why:
-                self.verdicts[key] = str(why)
+            with threads_for(_elements(before)):
+                try:
+                    if left not in self.runs:
+                        cases = self._cases(before, feeds, counts, bind, decisions)
+                        self.runs[left] = Cases(cases)
+                    if decisions and explained:
+                        list(self.runs[left])
+                    self._compare(self.runs[left], before, after, compare or compare_results)
+                    self.verdicts[key] = ""
+                except NoMatch as why:
+                    self.verdicts[key] = str(why)
         if self.verdicts[key]:
             raise NoMatch(self.verdicts[key])
+
+    def _compare(self, cases: Cases, before: Graph, after: Graph, compare: Compare) -> None:
+        wide = widen(after)
+        if all(_is_zero(case) for case in cases):
+            raise NoMatch("its result is 0 on all random inputs: every block agrees")
+        for case in cases:
+            result = _run("its replacement", wide, self._tensors(case, before, after), case.env)
+            wrong = compare(case.result, result, dict(zip(before.inputs, case.inputs, strict=True)))
+            if wrong:
+                raise NoMatch(f"{wrong} ({case.name})")
 
     @cached_property
     def _wide(self) -> bool:
@@ -198,7 +186,7 @@ class Prover:
         decisions: Sequence[Op],
     ) -> Iterator[Case]:
         generator = torch.Generator().manual_seed(20)
-        if sum(math.prod(map(int, p.shape)) for p in before.params) > _HEAVY:
+        if _elements(before) > _HEAVY:
             counts = counts[-1:]
         wide = widen(before)
         results, by_name = len(wide.outputs), {v.name: v for v in wide.values()}
@@ -232,6 +220,10 @@ class Prover:
         return [*(inputs[v] for v in after.inputs), *params]
 
 
+def _elements(graph: Graph) -> int:
+    return sum(math.prod(map(int, param.shape)) for param in graph.params)
+
+
 def _is_zero(case: Case) -> bool:
     return not any(bool(result.any()) for result in case.result)
 
@@ -253,7 +245,7 @@ def _thresholds(graph: Graph) -> Iterator[int]:
     """The numbers at which a size expression changes to another, as Min(tokens, 64) does: what
     holds on one side may not hold on the other."""
     shapes = [dim for value in graph.values() for dim in value.shape]
-    attrs = [leaf for op in graph.ops for attr in op.attrs.values() for leaf in _leaves(attr)]
+    attrs = [leaf for op in graph.ops for leaf in pytree.tree_leaves(list(op.attrs.values()))]
     parts = {
         part
         for size in {*shapes, *attrs}
@@ -263,14 +255,6 @@ def _thresholds(graph: Graph) -> Iterator[int]:
     }
     for part in parts:
         yield from (abs(int(number)) for number in part.atoms(sympy.Integer))
-
-
-def _leaves(attr: object) -> Iterator[object]:
-    if isinstance(attr, tuple):
-        for part in attr:
-            yield from _leaves(part)
-    else:
-        yield attr
 
 
 def _counts(limits: Sequence[int]) -> tuple[int, ...]:

@@ -10,27 +10,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, cast
 
 from moec.errors import NoMatch
-from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.graph import Graph, Op, Program, Ref, Stage, Value
+from moec.ir.text import parse
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import missing_decisions
+from moec.passes.proof.input_generators import Ids
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise.forms.branches import levels
 from moec.passes.recognise.forms.loops import loop
 from moec.passes.recognise.forms.soft.soft_mixture import logits_of_slots, recognise_soft_mixtures
-from moec.passes.recognise.forms.stacks import batched, hf
+from moec.passes.recognise.forms.stacks import batched
 from moec.passes.recognise.forms.stacks.neurons import recognise_neurons
-from moec.passes.recognise.reading.block import Candidate, Proposal, emit_block
+from moec.passes.recognise.reading.block import Candidate, Proposal, emit_block, keep_value
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routers.other_choices import RULE as OTHER_CHOICES
 from moec.passes.recognise.routers.other_choices import other_choices, other_mixtures
 from moec.passes.recognise.routers.routing import Unlike
 
+# Form 1: the opaque op of a Hugging Face experts module.
+#
+#     y = moec.experts(x[T, D], ids[T, k], weights[T, k], stacks…) <num_experts, body>
+#
+# The op carries the body, so nothing has to be inferred. Ids of num_experts and more are no expert.
+
+
+def opaque_candidates(scope: Scope) -> Iterator[Candidate]:
+    for op in scope.graph.ops:
+        if op.name == "moec.experts.default":
+            yield Candidate(op, partial(propose_opaque, op))
+
+
+def propose_opaque(op: Op) -> Iterator[Proposal]:
+    refs = cast("tuple[Ref, ...]", op.attrs["params"])
+    stacks = [op.inputs[ref.index] for ref in refs]
+    x, ids, weights = op.inputs[:3]
+    body = parse(cast(str, op.attrs["body"]))
+    count = cast(int, op.attrs["num_experts"])
+    if len(x.shape) != 2 or len(ids.shape) != 2:
+        raise NoMatch(f"its input is {x.type} and its ids {ids.type}, expected [T, D] and [T, k]")
+    yield Proposal(
+        form="hf experts op",
+        output=op.outputs[0],
+        x=x,
+        experts=keep_value(ids),
+        weights=keep_value(weights),
+        top_k=cast(int, ids.shape[1]),
+        num_experts=count,
+        stacks=tuple(map(keep_value, stacks)),
+        body=body,
+        cut=(x, ids, weights),
+        feeds={ids: Ids(count, cast(int, ids.shape[1]), absent=True)},
+    )
+
+
 FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
-    hf.candidates,
+    opaque_candidates,
     loop.candidates,
     batched.candidates,
     levels.candidates,

@@ -88,6 +88,17 @@ class TwoBranches(nn.Module):
         return y, y.mean(1) if x.shape[1] > 3 else y.amax(1)
 
 
+class OneToken(nn.Module):
+    """A side for one token alone. `reshape` also takes one row for another case than many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        if x.shape[0] == 1 and x.shape[1] == 1:
+            rows = rows.relu()
+        y = rows.repeat(E, 1) * rows[:, :E].softmax(-1).t().reshape(-1, 1)
+        return y.view(E, -1, D).cumsum(0)
+
+
 class Distances(nn.Module):
     """torch.cdist has another algorithm from 26 rows on."""
 
@@ -124,6 +135,7 @@ CASES = {
     "many tokens": Case(FewTokens, (2, 12), ((1, 1), (2, 3), (1, 7), (4, 40), (1, 0)), 1),
     "few tokens": Case(FewTokens, (2, 3), ((1, 1), (2, 3), (1, 7), (4, 40), (1, 0)), 1),
     "two branches": Case(TwoBranches, (2, 12), ((1, 1), (2, 4), (1, 40), (9, 3), (8, 3)), 3),
+    "one token": Case(OneToken, (2, 6), ((1, 1), (1, 2), (2, 1), (3, 7)), 1),
     "distances": Case(Distances, (2, 6), ((1, 1), (2, 25), (2, 26), (1, 300)), 1),
 }
 

@@ -71,6 +71,7 @@ ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "averages of rows": lambda x: F.avg_pool1d(x, 3, 2, 1),
     "adaptive averages of rows": lambda x: F.adaptive_avg_pool1d(x, 3),
     "a median": lambda x: x.median(1)[0],
+    "taken along an axis": lambda x: x.take_along_dim(x.argmax(1, True)[..., :1], 1),
     "the second smallest": lambda x: x.kthvalue(2, keepdim=True)[0],
     "powers of two": lambda x: torch.ldexp(x, torch.tensor(2)),
     "logarithms of running sums": lambda x: x.logcumsumexp(1),

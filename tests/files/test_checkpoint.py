@@ -195,10 +195,8 @@ TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "words"), NO_NUMBERS + TYPES)
-def test_values_that_are_none_to_compute_with(
-    damage: Callable[[Path], None], words: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("damage", "words"), NO_NUMBERS + TYPES + DAMAGED)
+def test_damaged(damage: Callable[[Path], None], words: str, tmp_path: Path) -> None:
     """JSON has no NaN and no infinity, but Python reads and writes both."""
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
     damage(folder)
@@ -227,16 +225,6 @@ def test_names_of_transformers_itself_are_no_code(
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
     change(folder)
     check_checkpoint(folder)
-
-
-@pytest.mark.parametrize(("damage", "words"), DAMAGED)
-def test_damaged(damage: Callable[[Path], None], words: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
-    damage(folder)
-    with pytest.raises(CaptureError) as caught:
-        check_checkpoint(folder)
-    assert words in str(caught.value)
-    assert str(caught.value).startswith(str(folder))
 
 
 def test_intact() -> None:

@@ -8,17 +8,19 @@ EXPERTS, WIDTH, K = 4, 64, 2
 
 
 class Experts(torch.nn.Module):
+    k = K
+
     def __init__(self) -> None:
         super().__init__()
         self.gate = torch.nn.Linear(WIDTH, EXPERTS, bias=False)
         self.w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(K)
+        weights, chosen = self.gate(x).softmax(-1).topk(self.k)
         y = torch.zeros_like(x)
-        for e in range(EXPERTS):
+        for e, matrix in enumerate(self.w):
             weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * torch.nn.functional.linear(x, self.w[e])
+            y = y + weight * torch.nn.functional.linear(x, matrix)
         return y
 
 

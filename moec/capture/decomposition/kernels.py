@@ -335,6 +335,20 @@ def searchsorted(edges: Tensor, x: Tensor, **options: Any) -> Tensor:
     return count.int() if options.get("out_int32") else count
 
 
+def take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """torch's broadcasts the operands to the sizes of the example."""
+    if dim is None:
+        return input.reshape(-1).gather(0, indices.reshape(-1))
+    dim %= input.ndim
+    before, after = (
+        torch.broadcast_shapes(input.shape[part], indices.shape[part])  # type: ignore[no-untyped-call]
+        for part in (slice(dim), slice(dim + 1, None))
+    )
+    size, count = input.shape[dim], indices.shape[dim]
+    rows = indices.expand(*before, count, *after).remainder(size)
+    return input.expand(*before, size, *after).gather(dim, rows)
+
+
 WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     **ELEMENTWISE,
     **FOURIER,
@@ -350,6 +364,7 @@ WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.kthvalue.default: kthvalue,
     torch.ops.aten.median.dim: median,
     torch.ops.aten.searchsorted.Tensor: searchsorted,
+    torch.ops.aten.take_along_dim.default: take_along_dim,
     torch.ops.aten.max_pool2d_with_indices.default: pooling.max_pool2d,
     torch.ops.aten.native_group_norm.default: group_norm,
 }

@@ -112,10 +112,8 @@ def user_globals(module: torch.nn.Module, others: Foreign) -> Iterator[dict[str,
     held = [value for part in module.modules() for value in vars(part).values()]
     classes |= {v.__module__ if isinstance(v, FunctionType) else type(v).__module__ for v in held}
     # A class that was made by hand may have None.
-    pending, visited = (
-        sorted(name for name in classes if name not in (None, "builtins")),
-        set[str](),
-    )
+    pending = sorted(name for name in classes if name not in (None, "builtins"))
+    visited = set[str]()
     while pending:
         name = pending.pop()
         source = sys.modules.get(name)

@@ -21,6 +21,7 @@ import sympy
 import torch
 
 from moec import torch_private
+from moec.capture.decomposition.kernels import take_along_dim
 from moec.capture.intercept.arithmetic import MATH, checked, floor_divided, of_sizes, rounded
 from moec.capture.intercept.interceptor import Handler
 from moec.capture.intercept.substitutes import TYPES
@@ -107,6 +108,7 @@ def traced_handlers() -> Iterator[Handler]:
     # functions of torch that an export cannot trace as they are
     attention = torch.nn.functional.scaled_dot_product_attention
     yield Handler(torch.nn.functional, attention.__name__, _with_plain_bools(attention))
+    yield from (Handler(owner, "take_along_dim", take_along_dim) for owner in (torch, torch.Tensor))
     yield Handler(torch.nn.Module, "to", _cast(torch.nn.Module.to))
     yield Handler(torch.jit.ScriptFunction, "__call__", _as_python)
     # how torch traces

@@ -276,7 +276,10 @@ def as_interval(condition: sympy.Basic, example: Mapping[str, int]) -> dict[str,
 
 
 def as_product(condition: sympy.Basic) -> dict[str, Bounds]:
-    """The limit that an inequality sets to a product of sizes; empty for another condition."""
+    """The limit that an inequality sets to a product of sizes; empty for another condition. That
+    the product is not 1 is that it is at least 2."""
+    if isinstance(condition, sympy.Ne) and condition.rhs == condition.lhs.as_coeff_Mul()[0]:
+        condition = sympy.Ge(condition.lhs, 2 * condition.rhs)
     if not isinstance(condition, _INEQUALITIES):
         return {}
     less, more = condition.lts, condition.gts

@@ -16,7 +16,7 @@ from moec.capture.sizes.settle import GuardRefused, Settled, settled
 from moec.errors import CaptureError
 from moec.ir.graph import Attr, Graph, Op, Program, State, TensorType, Value
 from moec.ir.interpret.resized import with_sizes
-from moec.ir.sizes.dims import Bounds
+from moec.ir.sizes.dims import Bounds, parse_dim
 from moec.ir.sizes.thresholds import sizes_around, sizes_at_changes, truth_of
 from moec.oracle.agree import agree_at_sizes, sizes_of
 from moec.torch_private import schema_of
@@ -274,7 +274,8 @@ def sizes_beyond(
     limits: Mapping[str, Bounds],
 ) -> tuple[Sizes, ...]:
     """Sizes outside of the program's bounds, near those of `example`: where each of the `guards`
-    that limit it is false, and 1 for each size that may not be 1. `limits` are the user's."""
+    that limit it is false, and 1 for each size, or for those of a product, that may not be 1.
+    `limits` are the user's."""
     here, bounds = sizes_of(program, example), program.graph.bounds
     beyond = []
     for guard in guards:
@@ -282,8 +283,9 @@ def sizes_beyond(
         nearest = [*_beyond(guard, limits, here, _MOVED)]
         nearest.sort(key=lambda sizes: not all(other.holds(sizes) for other in others))
         beyond += nearest[:1]
-    ones = (name for name in here if bounds[name].low == 2 and name not in limits)
-    return (*beyond, *({**here, name: 1} for name in ones))
+    products = (truth_of(parse_dim(name)).names for name in bounds if bounds[name].low == 2)
+    ones = (names for names in products if names <= here.keys() - limits.keys())
+    return (*beyond, *({**here, **dict.fromkeys(names, 1)} for names in ones))
 
 
 def _beyond(

@@ -10,8 +10,8 @@ from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
 from moec.ir.index_uses import REQUIRE, IndexUse, index_uses
 from moec.ir.sizes.dims import Dim, product
-from moec.ir.traits import CASTS, CHOICES
-from moec.passes.proof.input_generators import Feed, Ids, OneHot
+from moec.ir.traits import CASTS, CHOICES, VIEWS, rounds_doubles
+from moec.passes.proof.input_generators import Feed, Ids, InputKind
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.reading.opnames import PICKS
@@ -45,12 +45,9 @@ class Chosen:
         per_row = sum(_elements_per_row(v, evidence.rows_in) or 1 for v in parts)
         outside = _outside(scope, parts, evidence)
         recipe = _ids_recipe(parts, evidence.rows_in, outside)
-        slots = per_row // len(parts)
-        last = parts[0].shape[-1]
-        if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
-            slots = max(slots, last)  # the ids of a token are distinct before the flatten
-        ranked = len(parts) == 1 and are_distinct(scope, parts[0], evidence.experts)
-        feed = Ids(evidence.experts, slots, evidence.open, ranked, outside.least)
+        distinct = ranked(scope, parts[0], evidence.experts) if len(parts) == 1 else None
+        slots, apart = distinct or (per_row // len(parts), None)
+        feed = Ids(evidence.experts, slots, evidence.open, apart, outside.least)
         shared = _shared_by(parts[0], evidence.rows_in) if len(parts) == 1 else None
         return Chosen(parts, per_row, recipe, feed, 1 if shared is None else shared)
 
@@ -62,20 +59,21 @@ class Chosen:
             return None
         slots = cast(int, ids.shape[-1])
         outside = _outside(scope, [ids], evidence)
-        ranked = are_distinct(scope, ids, evidence.experts)
+        distinct = ranked(scope, ids, evidence.experts)
 
         def make(emit: RegionEmitter) -> Value:
             shape = (evidence.rows_in, slots)
             return repeated(emit, outside.named(emit, emit.old(ids)), count, shape)
 
-        feed = Ids(evidence.experts, slots, evidence.open, ranked, outside.least)
+        drawn, apart = distinct or (slots, None)
+        feed = Ids(evidence.experts, drawn, evidence.open, apart, outside.least)
         return Chosen((ids,), slots, make, feed, count)
 
     @staticmethod
     def mask(value: Value, evidence: Evidence) -> Chosen:
         per_row = cast(int, _elements_per_row(value, evidence.rows_in)) // evidence.experts
         recipe = _mask_recipe(value, (evidence.rows_in, per_row), evidence.experts)
-        return Chosen((value,), per_row, recipe, OneHot())
+        return Chosen((value,), per_row, recipe, InputKind.ONE_HOT)
 
 
 @dataclass(frozen=True)
@@ -123,27 +121,42 @@ def _outside(scope: Scope, parts: Sequence[Value], evidence: Evidence) -> Outsid
     return Outside.of(scope, parts, read, evidence.experts)
 
 
-def are_distinct(scope: Scope, ids: Value, experts: int) -> bool:
-    """Whether no token can have an expert twice: its ids are positions in a ranking, or in a list
-    of all experts. Ids of `experts` and more, which are no experts, may repeat."""
-    while True:
-        ids = scope.behind_casts(ids)
-        op = scope.maker(ids)
-        if op is None:
-            return False
-        if op.name in _RANKINGS:
-            return ids is op.outputs[1]
-        if op.name in _RANGES:
-            return True
+def ranked(scope: Scope, ids: Value, experts: int) -> tuple[int, Dim] | None:
+    """How many ids a token has, and the elements from one of them to the next, if no token can have
+    an expert twice: its ids are positions in a ranking, or in a list of all experts. None if not.
+    Ids of `experts` and more, which are no experts, may repeat."""
+    op = scope.maker(ids)
+    if op is None or rounds_doubles(op):
+        return None
+    if op.name in _RANKINGS:
+        axis = cast(int, op.attrs.get("dim", -1)) % len(ids.shape)
+        return _apart(ids, axis) if ids is op.outputs[1] else None
+    if op.name in _RANGES:
+        return _apart(ids, 0)
+    source = next((value for value in op.inputs if value.dtype != "bool"), None)
+    before = None if source is None else ranked(scope, source, experts)
+    if source is None or before is None or op.name in VIEWS | CASTS:
+        return before
+    if op.name in ("aten.masked_fill.Scalar", "aten.where.ScalarOther"):
         absent = op.attrs.get("value", op.attrs.get("other"))
-        if op.name in ("aten.masked_fill.Scalar", "aten.where.ScalarOther"):
-            if not isinstance(absent, int) or absent < experts:
-                return False
-            ids = next(value for value in op.inputs if value.dtype != "bool")
-        elif op.name in ("aten.slice.Tensor", "aten.expand.default", "aten.permute.default"):
-            ids = op.inputs[0]
-        else:
-            return False
+        is_absent = isinstance(absent, int) and absent >= experts
+        return before if is_absent and ids.shape == source.shape else None
+    axes = [axis for axis in range(len(source.shape)) if _apart(source, axis) == before]
+    if not axes:
+        return None
+    if op.name == "aten.permute.default":
+        dims = [dim % len(ids.shape) for dim in cast("tuple[int, ...]", op.attrs["dims"])]
+        return _apart(ids, dims.index(axes[0]))
+    if op.name == "aten.slice.Tensor":
+        return _apart(ids, axes[0])
+    axis = len(ids.shape) - len(source.shape) + axes[0]
+    is_kept = op.name == "aten.expand.default" and ids.shape[axis] == before[0]
+    return _apart(ids, axis) if is_kept else None
+
+
+def _apart(ids: Value, axis: int) -> tuple[int, Dim] | None:
+    size = ids.shape[axis]
+    return (size, product(ids.shape[axis + 1 :])) if isinstance(size, int) else None
 
 
 def may_be_negative(scope: Scope, ids: Sequence[Value]) -> bool:

@@ -14,7 +14,7 @@ from moec.dtypes import FLOATS
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CHOICES, THROUGH, rounds_doubles
-from moec.passes.proof.input_generators import Feed, Flags, Logits, Positive, Uniform
+from moec.passes.proof.input_generators import Feed, Flags, InputKind, weights_feed
 from moec.passes.recognise.reading.block import RecognisedCapacity
 from moec.passes.recognise.region import (
     Scope,
@@ -56,7 +56,7 @@ def cuts(
     also reads inputs of the model, at the logits and these inputs."""
     near: dict[Value, Feed] = dict.fromkeys(ids.values, ids.feed)
     if weights is not None:
-        near[weights] = Positive()
+        near[weights] = weights_feed(scope.ranges, weights)
     if len(ids.values) == 1 and closes(scope, evidence, tuple(near)):
         yield tuple(near), near
         return
@@ -67,16 +67,16 @@ def cuts(
     ]
     for value in scores:
         if closes(scope, evidence, (value,)):
-            yield (value,), {value: Logits()}
+            yield (value,), {value: InputKind.LOGITS}
             return
     for value in scores:
         numbers = other_inputs(scope, evidence, value)
         if numbers:
             feeds: dict[Value, Feed] = {
-                v: Uniform() if v.dtype in FLOATS else Flags(_compared_with(scope, v))
+                v: InputKind.UNIFORM if v.dtype in FLOATS else Flags(_compared_with(scope, v))
                 for v in numbers
             }
-            yield (value, *numbers), {value: Logits(), **feeds}
+            yield (value, *numbers), {value: InputKind.LOGITS, **feeds}
             return
     yield tuple(near), near
 

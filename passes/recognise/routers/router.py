@@ -28,7 +28,7 @@ from moec.ir.traits import rounds_doubles
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import decisions
-from moec.passes.proof.input_generators import Correction, Feed, Ids, Logits
+from moec.passes.proof.input_generators import Feed, Ids, InputKind
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
@@ -199,11 +199,11 @@ def _hypothesise(
     if len(corrections) > 1 or any(product(p.shape) != block.num_experts for p in corrections):
         raise NoMatch(f"it adds {', '.join(map(repr, corrections))}, not one correction [E]")
     correction = corrections[0] if corrections else None
-    feeds: dict[Value, Feed] = {logits: Logits()}
+    feeds: dict[Value, Feed] = {logits: InputKind.LOGITS}
     if correction is not None:
         params = tuple(p for p in region.params if p is not correction)
         region = replace(region, inputs=(*region.inputs, correction), params=params)
-        feeds[correction] = Correction()
+        feeds[correction] = InputKind.CORRECTION
     outside = None
     if forced is not None:
         read = [value for op in region.ops for value in op.outputs]

@@ -15,6 +15,7 @@ from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.norm import norm
 from moec.codegen.specs.norm import NormSpec
 from moec.target.cpu import TARGETS, CpuTarget, host
+from tests.codegen.cpu.attention.test_attention import shared
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # One rounding of the result, twice where a rounded value is rounded again and the first may
@@ -29,13 +30,6 @@ def build(function: Any, target: CpuTarget) -> tvm.runtime.Module:
 @cache
 def norm_kernel(spec: NormSpec, target: CpuTarget) -> tvm.runtime.Module:
     return build(norm(spec, target, "f"), target)
-
-
-def shared(t: Tensor) -> Any:
-    """The same memory; torch gives empty tensors strides that TVM takes for a gap."""
-    if t.numel():
-        return tvm.runtime.from_dlpack(t)
-    return tvm.runtime.empty(t.shape, str(t.dtype).removeprefix("torch."))
 
 
 def eager_norm(

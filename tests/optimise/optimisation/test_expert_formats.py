@@ -26,6 +26,7 @@ from moec.passes.approximate.choices.model_choices import (
     read_choices,
     write_choices,
 )
+from tests.zoo.two_layers import Experts
 
 EXPERTS, WIDTH, K = 6, 64, 2
 FORMATS = ("int8", "int4:32", "int2:32")
@@ -34,26 +35,18 @@ ROUTER = 4 * EXPERTS * WIDTH
 EACH = {"int8": WIDTH * (WIDTH + 2), "int4:32": WIDTH * (32 + 4), "int2:32": WIDTH * (16 + 4)}
 
 
-class Planted(torch.nn.Module):
+class Planted(Experts):
     """Tokens with a positive first feature choose experts 0 (weight .95) and 1 (.05), the others 2
     (.95) and 3 (.05); nobody chooses 4 and 5. All experts have equally large weights."""
 
     def __init__(self) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.gate = torch.nn.Linear(WIDTH, EXPERTS, bias=False)
         sides = torch.tensor([10.0, 7, -13, -10, 0, 0])
         self.gate.weight = torch.nn.Parameter(torch.zeros(EXPERTS, WIDTH))
         self.gate.weight.data[:, 0] = sides
         self.gate.weight.data[:, 1] = torch.tensor([0.0, 0, 0, 0, -20, -20])
         self.w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(K)
-        y = torch.zeros_like(x)
-        for e in range(EXPERTS):
-            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * linear(x, self.w[e])
-        return y
 
 
 def data(rows: int) -> torch.Tensor:

@@ -16,26 +16,17 @@ from moec.ir.interpret.evaluate import evaluate
 from moec.optimise.optimisation.optimize import choice_limits, search
 from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices, write_choices
 from moec.passes.approximate.training import recover_routers
+from tests.zoo.two_layers import Experts
 
 WORDS, WIDTH, EXPERTS = 24, 32, 4
 ARGS = (torch.zeros(2, 8, dtype=torch.int64),)
 
 
-class Rows(torch.nn.Module):
-    """A layer of experts."""
-
+class Rows(Experts):
     def __init__(self, k: int = 2) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.k, self.gate = k, torch.nn.Linear(WIDTH, EXPERTS)
         self.w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) * 2 / WIDTH**0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(self.k)
-        y = torch.zeros_like(x)
-        for e in range(EXPERTS):
-            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * torch.nn.functional.linear(x, self.w[e])
-        return y
 
 
 class Text(torch.nn.Module):

@@ -11,7 +11,7 @@ from moec.ir.interpret.evaluate import run_graph
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import parse
 from moec.passes.proof import prove
-from moec.passes.proof.input_generators import Feed, Flags, Logits, Positive
+from moec.passes.proof.input_generators import Feed, Flags, InputKind
 from moec.passes.proof.prove import Prover
 from moec.passes.proof.random_params import corrections
 from moec.passes.recognise.region import Scope
@@ -43,7 +43,7 @@ def with_inputs_of(graph: Graph, other: Graph) -> Graph:
 
 
 def feeds(graph: Graph) -> dict[Value, Feed]:
-    return {graph.inputs[0]: Positive()}
+    return {graph.inputs[0]: InputKind.POSITIVE}
 
 
 @pytest.mark.parametrize("limit", [3, 20, 300])
@@ -206,7 +206,7 @@ def test_corrections_do_not_decide_all_choices():
     before = parse(CORRECTED)
     assert {value.name for value in corrections(before)} == {"correction"}
     prover = Prover({})
-    prover.prove(before, before, {before.inputs[0]: Logits()})
+    prover.prove(before, before, {before.inputs[0]: InputKind.LOGITS})
     (cases,) = prover.runs.values()
     random = next(case for case in cases.computed if case.name.startswith("random; T=13"))
     assert 0 < float(random.result[0].sum()) < 13

@@ -1,10 +1,11 @@
-"""Results of choices that no block sums: the choices must be in the order of the slots."""
+"""Results of choices that no block sums, and ids and weights that a proof must draw as they are."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import moec
 from moec.ir.interpret.evaluate import evaluate
@@ -69,13 +70,47 @@ class Balanced(Slots):
         return cost.topk(E).indices
 
 
-@pytest.mark.parametrize("form", [Slots, Ascending, Swapped, SideBySide, Worst, Balanced])
+class Filled(Slots):
+    """All experts, each for the first tokens alone: counted slot by slot, from ids [k, T]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(E)
+        hot = F.one_hot(ids.t().reshape(-1), E)
+        within = (hot.cumsum(0) * hot).sum(-1).view(E, -1).t() <= x.shape[0] // 2 + 1
+        full = x.new_zeros(x.shape[0], E).scatter(1, ids, weights * within)
+        return torch.einsum("te,etd->td", full, torch.stack([e(x) for e in self.experts]))
+
+
+class Bent(Slots):
+    """A function of each weighted result."""
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.weigh(self.gate(x))
+        ids = scores.abs().topk(K).indices
+        y = torch.stack([e(x) for e in self.experts], 1).gather(1, ids[..., None].expand(-1, -1, D))
+        return (y * scores.gather(1, ids)[..., None]).relu().sum(1)
+
+
+class Negative(Bent):
+    """Scores of both signs: a relu of the experts' results alone is another function."""
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        return logits.tanh()
+
+
+CUSTOM = (Ascending, Swapped, SideBySide, Filled, Bent)
+
+
+@pytest.mark.parametrize("form", [Slots, *CUSTOM, Worst, Balanced, Negative])
 def test_results_by_slot(form: type[Slots]) -> None:
     torch.manual_seed(0)
     module = form().eval()
     model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
-    (block,) = model.blocks
-    assert (block.router == "custom") == (form in (Ascending, Swapped, SideBySide))
+    routers = [block.router == "custom" for block in model.blocks]
+    assert routers == ([] if form is Negative else [form in CUSTOM])
     program, x = model.pass_results[-1].program, torch.randn(50, D)
     with torch.no_grad():
         (y,) = evaluate(program.graph, [x], program.weights)

@@ -1,13 +1,16 @@
-"""One choice for several rows: all pixels of an image go to one expert."""
+"""Other ids than one choice for each row: all pixels of an image go to one expert, or the one-hot
+mask is the ids of k = E experts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
 from moec.ir.interpret.evaluate import evaluate
+from moec.oracle.tolerance import distance
 
 D, E, N = 4, 3, 5
 
@@ -123,3 +126,30 @@ def test_a_limit_of_pictures_is_no_limit_of_rows() -> None:
     result = recognised(Limited(), 0)
     assert result.blocks == ()
     assert any("the numbers differ" in declined.reason for declined in result.declined)
+
+
+class MaskAsIds(Pictures):
+    """x[T, D]: entry e of a token's mask, 0 or 1, is the id of the expert that has weight e. So
+    does nllb_moe of transformers 5.24."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        mask = F.one_hot(weights.argmax(-1), E) * (weights > 0.1)
+        chosen = F.one_hot(mask, E)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y = y + (weights * chosen[..., e]).sum(-1, keepdim=True) * expert(x)
+        return y
+
+
+def test_a_mask_read_as_ids_is_a_block() -> None:
+    torch.manual_seed(0)
+    model = MaskAsIds().eval()
+    compiled = moec.compile(model, (torch.randn(7, D),), build=False)
+    (block,) = compiled.blocks
+    assert (block.experts, block.top_k) == (E, E)
+    program = compiled.pass_results[-1].program
+    for tokens in (1, 7, 20):
+        x = torch.randn(tokens, D) * 2
+        (y,) = evaluate(program.graph, [x], program.weights)
+        assert distance(y, model(x).detach()) < 1e-6  # sums in another order

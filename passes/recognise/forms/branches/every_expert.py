@@ -20,7 +20,7 @@ from moec.dtypes import FLOATS
 from moec.ir.graph import TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import THROUGH
-from moec.passes.proof.input_generators import Sparse
+from moec.passes.proof.input_generators import sparse_feed
 from moec.passes.recognise.reading.block import Proposal, Recipe
 from moec.passes.recognise.reading.layout import ExpertLayout
 from moec.passes.recognise.reading.rows import Reader
@@ -63,7 +63,7 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
                     stacks=stacks,
                     body=body,
                     cut=(reader.root, source),
-                    feeds={source: Sparse()} if is_sparse else {},
+                    feeds={source: sparse_feed(scope.ranges, source)} if is_sparse else {},
                     input_side=reader.input_side,
                 )
 

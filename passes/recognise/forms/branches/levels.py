@@ -20,7 +20,7 @@ from functools import partial
 from moec.errors import NoMatch
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
-from moec.passes.proof.input_generators import Positive
+from moec.passes.proof.input_generators import weights_feed
 from moec.passes.recognise.forms.branches.every_expert import FORM, all_experts
 from moec.passes.recognise.forms.branches.unrolled_experts import (
     branch_ops,
@@ -153,7 +153,7 @@ def propose(scope: Scope, anchor: Op, tree: Tree) -> Iterator[Proposal]:
         stacks=members.stacks,
         body=members.first.body,
         cut=tuple(dict.fromkeys((members.first.reader.root, *weights, *start))),
-        feeds=dict.fromkeys(weights, Positive()),
+        feeds={value: weights_feed(scope.ranges, value) for value in weights},
         addend=tree.start,
     )
 

@@ -17,7 +17,7 @@ from typing import cast
 from moec.ir.graph import Attr, Op, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
-from moec.passes.proof.input_generators import AnyMask, Feed, Sparse
+from moec.passes.proof.input_generators import Feed, sparse_feed
 from moec.passes.recognise.forms.branches.every_expert import all_experts
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.region import RegionEmitter, Scope, choices
@@ -103,14 +103,13 @@ def open_experts(
     ids = unweighted_dropped(
         all_experts(tokens, experts), lambda emit: table.open(tokens, experts, emit), experts
     )
-    feed: Feed = AnyMask() if table.source.dtype == "bool" else Sparse()
     weighing = evidence.values("weights", "mix")
     all_weights: Iterable[Value | None] = (None,)
     if weighing:
         all_weights = dense_weights(scope, weighing, evidence)
     for weights in all_weights if role == "order" else (table.source,):
         cut = (table.source,) if weights in (None, table.source) else (table.source, weights)
-        feeds = dict.fromkeys(cut, Sparse()) | {table.source: feed}
+        feeds = {value: sparse_feed(scope.ranges, value) for value in cut}
         recipe = None if weights is None else partial(as_rows, weights, tokens, experts)
         yield OpenExperts(ids, recipe, cut, feeds)
 

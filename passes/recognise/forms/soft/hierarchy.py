@@ -21,7 +21,7 @@ from typing import ClassVar, cast
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
 from moec.passes.core.runner import Log, Pass
-from moec.passes.proof.input_generators import Logits
+from moec.passes.proof.input_generators import InputKind
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise.forms.soft.mixture import ADD, MULTIPLY, SOFTMAX, adds_on, summed
 from moec.passes.recognise.region import RegionEmitter, Scope, replaced, replacement
@@ -50,7 +50,7 @@ class RecogniseHierarchies(Pass):
                 node = joined(cast("list[GatedTerm]", groups))
                 region = scope.cut(op.outputs, node.cut)
                 after = replacement(scope, op, node.cut, partial(emit, node, op.outputs[0]))
-                prover.prove(region, after, {node.logits: Logits()})
+                prover.prove(region, after, {node.logits: InputKind.LOGITS})
             except NoMatch as why:
                 log.decline(op.origin or op.outputs[0].name, f"gates at two levels: {why}")
                 continue

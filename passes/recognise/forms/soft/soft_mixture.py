@@ -21,7 +21,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.ir.traits import VIEWS
 from moec.passes.core.runner import Log
-from moec.passes.proof.input_generators import Logits
+from moec.passes.proof.input_generators import InputKind
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise.forms.branches.parallel_branches import Fan, fan
 from moec.passes.recognise.forms.branches.unrolled_experts import (
@@ -238,7 +238,7 @@ def _proved(scope: Scope, mixture: SoftMixture, prover: Prover) -> SoftMixture:
     at, cut = mixture.combine.op, mixture.cut
     region = scope.cut([at.outputs[0]], cut)
     after = replacement(scope, at, cut, partial(emit, mixture))
-    prover.prove(region, after, dict.fromkeys(cut[1:] or cut, Logits()))
+    prover.prove(region, after, dict.fromkeys(cut[1:] or cut, InputKind.LOGITS))
     return mixture
 
 

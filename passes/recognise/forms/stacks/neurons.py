@@ -19,7 +19,7 @@ from moec.ir.graph import Graph, Op, Program, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, PRODUCTS, VIEWS, is_elementwise
 from moec.passes.core.runner import Log
-from moec.passes.proof.input_generators import Feed, Ids, Positive
+from moec.passes.proof.input_generators import Ids
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise.reading.body import ROWS
 from moec.passes.recognise.reading.layout import divide
@@ -146,9 +146,7 @@ def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
             last = node.ids.shape[-1]
             slots = min(n for n in (last, k, experts) if isinstance(n, int))
             feed = Ids(int(str(experts)), slots, least=node.outside.least)
-            feeds: dict[Value, Feed] = {node.ids: feed}
-            feeds[node.weights] = Positive()
-            prover.prove(region, after, feeds)
+            prover.prove(region, after, {node.ids: feed})
             return node
         except NoMatch as why:
             reason = str(why)

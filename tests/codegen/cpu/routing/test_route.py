@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from moec.codegen.cpu.routing.route import route
 from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ir.ops.routing.routing import Routing, route_logits
 from moec.target.cpu import TARGETS, CpuTarget, host
+from tests.codegen.cpu.attention.test_attention import shared
 
 TORCH = {
     "f64": torch.float64,
@@ -84,13 +84,6 @@ ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
 @cache
 def kernel(spec: RouteSpec) -> tvm.runtime.Module:
     return compile_kernels(route(spec, host()), target=host())
-
-
-def shared(t: Tensor) -> Any:
-    """The same memory; torch gives empty tensors strides that TVM takes for a gap."""
-    if t.numel():
-        return tvm.runtime.from_dlpack(t)
-    return tvm.runtime.empty(t.shape, str(t.dtype).removeprefix("torch."))
 
 
 def run(spec: RouteSpec, logits: Tensor, correction: Tensor | None) -> tuple[Tensor, Tensor]:
