@@ -135,6 +135,16 @@ _PURPOSE = {
     "tokenizers": "needed for prompts only",
     "jinja2": "needed for chats only",
 }
+_EXTRAS = {
+    "gguf": "GGUF files",
+    "serve": "moec serve",
+    "guided": "texts of a grammar",
+    "chat": "chats in a terminal",
+    "cuda": "GPUs where there is no CUDA toolkit",
+    "sign": "moec sign and --signed-by",
+    "bench": "moec bench --serve and --plot",
+}
+"""The extras of which only what is missing is listed, with what they are for."""
 
 
 def packages() -> list[Check]:
@@ -159,7 +169,22 @@ def packages() -> list[Check]:
         for extra, group in by_extra.items()
         for r in group
     ]
-    return checks if "torch" in faults or "torch" not in programs else [*checks, capture(faults)]
+    if "torch" in programs and "torch" not in faults:
+        checks.append(capture(faults))
+    return checks + [
+        check_extra(name, [str(r.name) for r in requirements if _belongs(r.marker, name)])
+        for name in _EXTRAS
+    ]
+
+
+def check_extra(name: str, packages: Sequence[str]) -> Check:
+    """Whether the packages of an extra are installed; those that are moec's own extras count
+    elsewhere."""
+    missing = [p for p in packages if p != "moec" and not installed_version(p)]
+    if not missing:
+        return Check(f"[{name}]", OK, f"installed: {_EXTRAS[name]}")
+    says = f"without {', '.join(missing)}; needed for {_EXTRAS[name]}"
+    return Check(f"[{name}]", NOTE, says, f"pip install 'moec[{name}]'")
 
 
 def capture(faults: Mapping[str, str]) -> Check:

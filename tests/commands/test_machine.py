@@ -37,10 +37,18 @@ def test_this_machine_can_work() -> None:
         "apache-tvm",
         "linker",
         "memory",
+        "[gguf]",
+        "[sign]",
     ):
         assert name in names
     for check in report["checks"]:
         assert check["state"] == OK or check["mend"], check
+
+
+def test_what_an_extra_lacks() -> None:
+    check = machine.check_extra("sign", ["moec", "numpy", "no-such-package"])
+    assert check.says == "without no-such-package; needed for moec sign and --signed-by"
+    assert (check.state, check.mend) == (NOTE, "pip install 'moec[sign]'")
 
 
 def test_something_missing_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
