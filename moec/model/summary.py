@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from moec.errors import InputError
 from moec.ir.graph import Graph
 from moec.ir.sizes.dims import Bounds, show_dim
 from moec.model.compilation import Compilation
@@ -14,7 +15,10 @@ from moec.pipeline import without_effect
 from moec.report.data import DeclinedLine, ErrorLine, LoopLine
 from moec.report.quantisation import unquantised_lines
 from moec.report.report import Report, describe_graph, pass_lines
-from moec.runtime.package import side
+from moec.report.units import size
+from moec.runtime.call.caches import bytes_of_caches
+from moec.runtime.package import DECODE, Package, carries, side
+from moec.runtime.text.causal_lm import causal_lm
 from moec.target.named import missing_features
 from moec.verify.check import Checked
 
@@ -43,6 +47,7 @@ def report_of(compiled: Compilation) -> Report:
         verification=_errors(checked) if checked else (),
         verified="off" if checked is None else "layers" if checked.layers else "whole",
         checked_kernels=checked.kernels if checked else "",
+        text=cost_of_text(package) if package else "",
         quantised=compiled.quantised,
         moved=checked.moved if checked else (),
         phases=dict(compiled.phases),
@@ -51,6 +56,23 @@ def report_of(compiled: Compilation) -> Report:
         choices=tuple(line for result in compiled.pass_results for line in result.choices),
         **described,
     )
+
+
+def cost_of_text(package: Package) -> str:
+    """What a text takes: its caches, or that there is none, and why. Empty for a model that writes
+    no text, or has its cache within."""
+    try:
+        if causal_lm(package.main).cached:
+            return ""
+    except InputError:
+        return ""
+    if package.generation is None:
+        return f"each new token takes the whole text again: {package.no_generation}"
+    decode = package.functions[DECODE]
+    whole, token = (bytes_of_caches(decode.caches, 1, room) for room in (0, 1))
+    state = f", and {size(whole)} of state" if whole else ""
+    guesses = ", which cannot go back: nothing is guessed" if carries(decode) else ""
+    return f"the cache takes {size(token - whole)} a token{state}{guesses}; texts run side by side"
 
 
 def _errors(checked: Checked) -> tuple[ErrorLine, ...]:
@@ -139,8 +161,8 @@ def _bounds_by_axis(main: Graph, other: Graph) -> dict[str, Bounds]:
     """The bounds of another graph, by the names that `main` has for the sizes of inputs."""
     bounds = {}
     for value, twin in zip(main.inputs, other.inputs, strict=True):
-        for size, there in zip(value.shape, twin.shape, strict=True):
+        for dim, there in zip(value.shape, twin.shape, strict=True):
             exactly = Bounds(there, there) if isinstance(there, int) else Bounds()
-            if not isinstance(size, int):
-                bounds[show_dim(size)] = other.bounds.get(show_dim(there), exactly)
+            if not isinstance(dim, int):
+                bounds[show_dim(dim)] = other.bounds.get(show_dim(there), exactly)
     return {**other.bounds, **bounds}

@@ -121,7 +121,7 @@ class LoopLine:
 class ReportData:
     """All facts about a compilation. `bytes_out` is None where no weights were packed. `verified`
     is how the code was compared with eager: "off", "layers" or "whole"; `checked_kernels` says how
-    its kernels were."""
+    its kernels were. `text` says what continuing a text costs; empty for other models."""
 
     model: str
     target: str = ""
@@ -141,6 +141,7 @@ class ReportData:
     verification: tuple[ErrorLine, ...] = ()
     verified: str = "off"
     checked_kernels: str = ""
+    text: str = ""
     quantised: tuple[QuantisedLine, ...] = ()
     moved: tuple[MovedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)

@@ -51,6 +51,8 @@ def _facts(report: ReportData) -> Iterator[tuple[str, str]]:
     yield "verified", _verified(report.verification, reference)
     if report.checked_kernels:
         yield "code", report.checked_kernels
+    if report.text:
+        yield "text", report.text
     active = f", {count(report.active_parameters)} active per token" if report.blocks else ""
     packed = "" if report.bytes_out is None else f"{size(report.bytes_out)}, "
     yield "size", f"{packed}{count(report.parameters)} parameters{active}"
