@@ -94,8 +94,6 @@ def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
 
 def check(spec: RouteSpec) -> None:
     """Raises NoMatch for routers that this kernel does not support."""
-    if spec.routing.score == "sparsemixer":
-        raise NoMatch("a sparsemixer has no CUDA kernel")
     if spec.routing.k > WARP:
         raise NoMatch(f"{spec.routing.k} choices of a token are more than the lanes of a warp")
     if spec.routing.groups > WARP:
@@ -140,6 +138,13 @@ def _route(
     for turn in r.turns:
         T.buffer_store(r.shared_scores, r.scores[turn], [base + r.expert(turn)])
     _rank(r, correction)
+    if routing.score == "sparsemixer":
+        experts = [T.bind(r.expert(turn)) for turn in r.turns]
+        weight, expert = sparsemixer(
+            routing, r.scores, r.ranks, r.lane, experts, r.spec.num_experts
+        )
+        _store(r, weight, expert, weights, chosen, token)
+        return
     if routing.groups > 1:
         _keep_best_groups(r)
     warp_barrier()
@@ -154,8 +159,14 @@ def _route(
             T.buffer_store(weight, r.shared_scores[base + best], [0])
     _score(weight, 1, routing.after)
     _scale(weight, r.lane, routing)
-    dtype = LONG_NAMES[routing.dtype]
-    with T.If(r.lane < routing.k), T.Then():
+    _store(r, weight, expert, weights, chosen, token)
+
+
+def _store(
+    r: _Router, weight: Buffer, expert: Buffer, weights: Buffer, chosen: Buffer, token: Expr
+) -> None:
+    dtype = LONG_NAMES[r.spec.routing.dtype]
+    with T.If(r.lane < r.spec.routing.k), T.Then():
         T.buffer_store(weights, T.cast(weight[0], dtype), [token, r.lane])
         T.buffer_store(chosen, T.cast(expert[0], "int64"), [token, r.lane])
 
@@ -261,3 +272,46 @@ def _scale(weight: Buffer, lane: Expr, routing: Routing) -> None:
         value = weight[0] / T.bind(total + T.float32(routing.epsilon))
         T.buffer_store(weight, value, [0])
     T.buffer_store(weight, weight[0] * T.float32(routing.scale), [0])
+
+
+def sparsemixer(
+    routing: Routing, logits: Buffer, ranks: Buffer, lane: Expr, experts: list[Expr], count: int
+) -> tuple[Buffer, Buffer]:
+    """PhiMoE's sampler at inference (arXiv 2310.00811): the weight f32[1] and the expert i32[1] of
+    choice s, in lane s. A choice is the greatest remaining logit; its weight is its share of a
+    softmax over those remaining within a relative distance of 2 * jitter from it.
+
+    Lane l holds the logits and ranks of the `experts` l, l + 32, ..., `count` in all. The rank of a
+    choice becomes that of -infinity (it may be chosen again if no other expert remains).
+    """
+    weight = T.alloc_buffer((1,), "float32", scope="local")
+    expert = T.alloc_buffer((1,), "int32", scope="local")
+    T.buffer_store(weight, T.float32(0), [0])
+    T.buffer_store(expert, T.int32(0), [0])
+    with T.serial(0, routing.k) as s:
+        most = ranks[0]
+        for turn in range(1, len(experts)):
+            most = T.max(most, ranks[turn])
+        top = warp_max(T.bind(most))
+        first = T.int32(_NOBODY)
+        for turn in reversed(range(len(experts))):
+            first = T.Select(ranks[turn] == top, experts[turn], first)
+        best = warp_min(T.bind(first))
+        greatest = float_of(top)
+        part = T.float32(0)
+        for turn, e in enumerate(experts):
+            logit = logits[turn]
+            size = T.call_extern("float32", "fabsf", logit)
+            factor = T.call_extern("float32", "fmaxf", size, greatest)
+            far = T.bind((greatest - logit) / factor > T.float32(2 * routing.jitter))
+            share = exp(float_of(ranks[turn]) - greatest)
+            out = T.Or(far, e >= count)
+            part = part + T.bind(T.if_then_else(out, T.float32(0), share))
+        total = warp_sum(T.bind(part))
+        for turn, e in enumerate(experts):
+            with T.If(e == best), T.Then():
+                T.buffer_store(ranks, T.int32(LOWEST), [turn])
+        with T.If(lane == s), T.Then():
+            T.buffer_store(weight, T.float32(1) / total, [0])
+            T.buffer_store(expert, best, [0])
+    return weight, expert

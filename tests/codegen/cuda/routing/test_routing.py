@@ -59,6 +59,7 @@ ROUTINGS: dict[str, RouteSpec] = {
         "f16",
         "f16",
     ),
+    "phimoe": RouteSpec(Routing(2, score="sparsemixer", jitter=0.1), 40, "f32"),
     "many": RouteSpec(Routing(20, score="sigmoid", after="softmax"), 37, "f32"),
 }
 
@@ -124,7 +125,6 @@ def test_equal_groups_go_to_the_lower_one() -> None:
 @pytest.mark.parametrize(
     ("routing", "words"),
     [
-        (Routing(2, score="sparsemixer", jitter=0.1), "a sparsemixer has no CUDA kernel"),
         (Routing(40), "40 choices of a token are more than the lanes of a warp"),
         (Routing(2, groups=64, top_groups=2), "64 groups are more than the lanes of a warp"),
     ],
