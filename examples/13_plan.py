@@ -9,8 +9,7 @@ numbers.
 from __future__ import annotations
 
 from moec.plan.inputs.model import read_model
-from moec.plan.inputs.popularity import of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, of_distribution
 from moec.plan.network.cluster import read_cluster
 from moec.plan.plan import show
 from moec.plan.report import text

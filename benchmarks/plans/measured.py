@@ -32,8 +32,7 @@ from moec.parallel.store import load_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.groups import groups_of
 from moec.plan.inputs.model import Layers, Model
-from moec.plan.inputs.popularity import of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, of_distribution
 from moec.plan.network.cluster import Cluster
 from moec.plan.network.degrees import Degrees
 from moec.plan.search.planner import Planner

@@ -30,8 +30,7 @@ import moec
 from benchmarks.records import add_record_options, record_if_asked
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, Model, read_model
-from moec.plan.inputs.popularity import normalised, of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, normalised, of_distribution
 from moec.plan.network.cluster import Cluster, read_cluster
 from moec.plan.search.planner import Planner
 from moec.plan.simulation.simulate import of_trace, simulate

@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 
 from moec.plan.inputs.model import Layers, Model, read_model
-from moec.plan.inputs.popularity import of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, of_distribution
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.search.planner import Planner

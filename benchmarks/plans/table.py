@@ -24,8 +24,7 @@ from msgspec.structs import replace
 from moec.errors import UsageError
 from moec.plan.inputs.files import preset_names
 from moec.plan.inputs.model import Model, read_model
-from moec.plan.inputs.popularity import normalised, of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, normalised, of_distribution
 from moec.plan.network.cluster import Cluster, read_cluster
 from moec.plan.placement.eplb import rebalance
 from moec.plan.plan import Plan

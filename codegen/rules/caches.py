@@ -11,7 +11,7 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
-from moec.ir.ops.dense.cache import Append
+from moec.ir.ops.dense.attention import Append
 
 
 def _check(op: Op, graph: Graph) -> None:

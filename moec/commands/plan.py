@@ -288,7 +288,7 @@ def planner_of(
     import numpy as np
 
     from moec.plan.inputs.importers import read_routing
-    from moec.plan.inputs.popularity import normalised, of_distribution
+    from moec.plan.inputs.workload import normalised, of_distribution
     from moec.plan.search.planner import Planner
 
     experts = [layer.experts for layer in model.each_layer]

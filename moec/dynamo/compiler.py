@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from moec.arguments import target_of
 from moec.dynamo.code import Code, generate, is_constant
-from moec.dynamo.graph.convert import convert
-from moec.dynamo.graph.local import take_local_parts, with_parts
+from moec.dynamo.graph.convert import convert, take_local_parts, with_parts
 from moec.dynamo.graph.regions import Region, regions
 from moec.dynamo.graph.trace import static_inputs, trace
 from moec.dynamo.operators import SITES, BlockSite, register_site

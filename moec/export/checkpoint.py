@@ -21,17 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moec.capture import Captured
+from moec.capture.auto_class import auto_class
+from moec.capture.hub import hub_off, own_config
 from moec.errors import CaptureError, UsageError
-from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import check_folder
+from moec.files.regular_file import read_regular
 from moec.files.safetensors_shards import LARGEST, NewTensor, TensorGroup, write_shards
 from moec.files.whole_folder import check_room, whole_folder
 from moec.ir.formats.integer import quantise
 from moec.ir.formats.notation import Format, Quantisation, parse_parts
-from moec.sources.checkpoint.conversion import Conversion
+from moec.passes.core.runner import PassResult
+from moec.report.data import QuantisedLine
+from moec.sources.checkpoint.conversion import Conversion, conversion_of
 from moec.sources.checkpoint.folders.packed_integers import pack_last
-from moec.sources.checkpoint.tensors import DTYPES
+from moec.sources.checkpoint.load import check_config, check_experts, empty_model
+from moec.sources.checkpoint.table import format_of, quantization_of
+from moec.sources.checkpoint.tensors import DTYPES, map_folder
 from moec.sources.checkpoint.weight import CheckpointWeight
 
 COPIED = (
@@ -287,3 +294,40 @@ def _quantization(
         "ignore": sorted(ignored),
         "kv_cache_scheme": None,
     }
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """The weights of a folder, and the conversion of a model without values that determines what
+    they are; `fields` are those of config.json, `config` is the model's."""
+
+    fields: Mapping[str, Any]
+    weights: Mapping[str, CheckpointWeight]
+    conversion: Conversion
+
+    @property
+    def config(self) -> Any:
+        return self.conversion.model.config
+
+
+def open_checkpoint(folder: Path) -> SourceCheckpoint:
+    """Maps the folder's files. Raises CaptureError where they are of no model, or lack experts."""
+    fields = json.loads(read_regular(folder / CONFIG))
+    check_config(folder / CONFIG, fields)
+    tensors = map_folder(folder)
+    weights = format_of(fields, tuple(tensors)).read(quantization_of(fields) or {}, tensors)
+    check_experts(weights)
+    with hub_off():
+        empty = empty_model(auto_class(folder, fields, ()).auto, own_config(folder))
+    return SourceCheckpoint(fields, weights, conversion_of(empty))
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A model after its passes: the last of `pass_results` has the graph to export. `quantised` has
+    a line for each module whose weights became codes; `name` is for messages."""
+
+    name: str
+    captured: Captured
+    pass_results: tuple[PassResult, ...]
+    quantised: tuple[QuantisedLine, ...]

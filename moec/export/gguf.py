@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from moec.errors import CaptureError
+from moec.export.checkpoint import SourceCheckpoint, open_checkpoint
 from moec.export.gguf_tokenizer import tokenizer_fields
-from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
 from moec.files.regular_file import read_regular, whole_file

@@ -18,7 +18,7 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import NoMatch, UnsupportedError
-from moec.export.source_checkpoint import Transformed
+from moec.export.checkpoint import Transformed
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program
 from moec.ir.interpret.evaluate import evaluate

@@ -20,7 +20,7 @@ from moec.codegen.onnx.lower import MOE_FORMS, OnnxGraph, block_of, lower
 from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.export import kv_cache
-from moec.export.source_checkpoint import Transformed
+from moec.export.checkpoint import Transformed
 from moec.ir.formats.notation import WIDE_ROWS, parse_parts
 from moec.ir.graph import Program, Stage
 from moec.ir.interpret.evaluate import evaluate

@@ -215,8 +215,8 @@ class CompiledModel(TextModel, Compilation):
         TargetError for an `ep` that is unknown or does not compute in the model's dtype, and
         UsageError.
         """
+        from moec.export.checkpoint import Transformed
         from moec.export.onnx import export
-        from moec.export.source_checkpoint import Transformed
 
         compare = verify is not False
         limit = tolerance(verify)

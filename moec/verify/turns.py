@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from moec.ir.graph import Graph, Value
-from moec.ir.size_expressions import size_expressions
+from moec.ir.replace_sizes import size_expressions
 from moec.ir.sizes.dims import Bounds, bind_shape, parse_dim, symbols
 from moec.ir.sizes.thresholds import allows, nearest_allowed, sizes_at_changes
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Program, Stage, Value
-from moec.ir.ops.dense.cache import Append
+from moec.ir.ops.dense.attention import Append
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.simplify.fold_permutes import other_reader, swaps

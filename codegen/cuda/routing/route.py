@@ -27,7 +27,6 @@ from moec.codegen.cuda.instructions import (
     warp_min,
     warp_sum,
 )
-from moec.codegen.cuda.routing.ranks import LOWEST, TAKEN, float_of, rank_of
 from moec.codegen.specs.routing import RouteSpec
 from moec.dtypes import HALVES, LONG_NAMES
 from moec.errors import NoMatch
@@ -315,3 +314,30 @@ def sparsemixer(
             T.buffer_store(weight, T.float32(1) / total, [0])
             T.buffer_store(expert, best, [0])
     return weight, expert
+
+
+LOWEST = -0x7F800001  # the rank of -infinity
+TAKEN = -(2**31 - 1)
+"""Below all ranks: already chosen, or not an expert. (TVM rejects -2^31 as an int32 in a
+comparison.)"""
+
+_NO_SIGN, _INFINITE_BITS = 2**31 - 1, 0x7F800000
+
+
+def rank_of(x: Expr) -> Expr:
+    """float32 -> int32 of the same order, with -0.0 equal to 0.0 and NaN above infinity.
+
+    It works on the bits, because a compiler may fold `x != x` to false and x + 0.0 to x.
+    """
+    bits = T.bind(T.reinterpret("int32", x))
+    size = T.bind(T.bitwise_and(bits, T.int32(_NO_SIGN)))
+    flip = T.bitwise_and(T.shift_right(bits, T.int32(31)), T.int32(_NO_SIGN))
+    ordered = T.Select(size == 0, T.int32(0), T.bitwise_xor(bits, flip))
+    is_nan = size > T.int32(_INFINITE_BITS)
+    return T.bind(T.Select(is_nan, T.int32(_NO_SIGN), ordered))
+
+
+def float_of(rank: Expr) -> Expr:
+    """int32 rank -> the float32 of that rank."""
+    flip = T.bitwise_and(T.shift_right(rank, T.int32(31)), T.int32(_NO_SIGN))
+    return T.bind(T.reinterpret("float32", T.bitwise_xor(rank, flip)))

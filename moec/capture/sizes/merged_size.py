@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import sympy
 
-from moec.ir.size_expressions import indicator
+from moec.ir.replace_sizes import indicator
 from moec.ir.sizes.dims import Bounds, Dim, canonical
 from moec.ir.sizes.thresholds import sizes_around, truth_of
 

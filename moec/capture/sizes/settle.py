@@ -27,7 +27,7 @@ from moec.capture.sizes.false_sizes import can_run, false_at, with_many_rows
 from moec.capture.sizes.guards import Guard, axes, show
 from moec.errors import CaptureError
 from moec.ir.graph import Graph, Program
-from moec.ir.size_expressions import indicator
+from moec.ir.replace_sizes import indicator
 from moec.ir.sizes.dims import Bounds, parse_dim, show_dim
 from moec.ir.sizes.floats import is_float
 from moec.ir.sizes.thresholds import first_true, interval_around, sizes_around, truth_of

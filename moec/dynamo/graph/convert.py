@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,7 +29,14 @@ from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.share_common import ShareCommon
 from moec.runtime.device.device import CPU, CUDA
-from moec.torch_private import OpOverload, schema_of
+from moec.torch_private import (
+    ConstantSource,
+    DimDynamic,
+    OpOverload,
+    StatefulSymbolicContext,
+    TracingContext,
+    schema_of,
+)
 
 
 @dataclass(frozen=True)
@@ -127,3 +136,53 @@ def _converted_values(converter: Converter) -> list[Value]:
 
 def _symbols(value: Value) -> set[str]:
     return {name for dim in value.shape for name in symbols(dim)}
+
+
+Run = Callable[..., Any]
+
+
+def take_local_parts(
+    module: fx.GraphModule, inputs: Sequence[Any]
+) -> tuple[list[Any], tuple[int, ...]]:
+    """(inputs, numbers): the inputs with local parts instead of tensors of which the graph takes
+    only the parts, and the positions of these inputs. The graph is changed accordingly."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    new, numbers = list(inputs), []
+    for number, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        users = list(node.users)
+        if not (users and hasattr(value, "to_local") and all(map(_takes_part, users))):
+            continue
+        for key in ("example_value", "val"):
+            if key in users[0].meta:
+                node.meta[key] = users[0].meta[key]
+        for user in users:
+            user.replace_all_uses_with(node)
+            module.graph.erase_node(user)
+        new[number] = value.to_local().detach().requires_grad_(value.requires_grad)
+        _fix_sizes(new[number], node.name)
+        numbers.append(number)
+    if numbers:
+        module.graph.lint()
+        module.recompile()
+    return new, tuple(numbers)
+
+
+def _fix_sizes(part: torch.Tensor, name: str) -> None:
+    """Marks the sizes of a weight as constant, even if `dynamic` makes those of inputs symbolic."""
+    contexts: Any = TracingContext.get().tensor_to_context
+    contexts[part] = StatefulSymbolicContext(
+        dynamic_sizes=[DimDynamic.STATIC] * part.ndim, tensor_source=ConstantSource(name)
+    )
+
+
+def _takes_part(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "to_local" and len(node.args) == 1
+
+
+def with_parts(run: Run, numbers: tuple[int, ...]) -> Run:
+    """`run` with the inputs at `numbers` replaced by their local parts."""
+    return partial(_with_parts, run, frozenset(numbers)) if numbers else run
+
+
+def _with_parts(run: Run, numbers: frozenset[int], *inputs: torch.Tensor) -> Any:
+    return run(*(x.to_local() if n in numbers else x for n, x in enumerate(inputs)))  # type: ignore[attr-defined]

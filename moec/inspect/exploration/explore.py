@@ -20,7 +20,7 @@ from moec.inspect.exploration.page import page
 from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel
 from moec.plan.plan import Plan, read_plan
-from moec.report.pass_graphs.declined import declined_row
+from moec.report.pass_graphs.stored import declined_row
 from moec.report.pass_graphs.table import GraphTable, ports
 from moec.report.profile.data import PhaseProfile, ProfileData
 from moec.report.profile.profile import ModelProfile

@@ -11,7 +11,7 @@ import torch
 
 from moec.ir.graph import Module, Program, Value
 from moec.ir.interpret.evaluate import bind_inputs, run_op, run_part
-from moec.ir.size_expressions import size_expressions
+from moec.ir.replace_sizes import size_expressions
 from moec.ir.upcast import widen
 from moec.torch_private import TorchDispatchMode, pytree, schema_of
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from moec.ir.opdef import OPS, OpDef
 from moec.ir.ops import sizes
-from moec.ir.ops.dense import attention, cache, linear_attention, norm, rotary
+from moec.ir.ops.dense import attention, linear_attention, norm, rotary
 from moec.ir.ops.experts import (
     compressed,
     dispatch,
@@ -28,7 +28,6 @@ __all__ = [
     "OPS",
     "OpDef",
     "attention",
-    "cache",
     "compressed",
     "dispatch",
     "dist",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.plan.inputs.importers import ImportedRouting
-from moec.plan.inputs.popularity import normalised
+from moec.plan.inputs.workload import normalised
 from moec.plan.placement.coactivation import coactivation
 from moec.runtime.call.routing_trace import RoutingTrace
 

@@ -8,7 +8,7 @@ import pytest
 import sympy
 
 from moec.capture.sizes.merged_size import Choice, Unmergeable
-from moec.ir.size_expressions import indicator
+from moec.ir.replace_sizes import indicator
 from moec.ir.sizes.dims import Bounds, symbol
 from moec.ir.sizes.floats import f64
 from moec.ir.sizes.thresholds import truth_of

@@ -8,8 +8,7 @@ from msgspec.structs import replace
 from benchmarks.plans.deepep import Figure, figures, fit
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, read_model
-from moec.plan.inputs.popularity import of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, of_distribution
 from moec.plan.network.cluster import link_graph, read_cluster, route
 from moec.plan.network.degrees import Degrees
 from moec.plan.network.exchange import (

@@ -10,8 +10,7 @@ import pytest
 
 from moec.errors import UsageError
 from moec.plan.inputs.model import Layers, Model, read_model
-from moec.plan.inputs.popularity import of_distribution
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, of_distribution
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.plan import LayerPlan

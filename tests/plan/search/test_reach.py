@@ -10,8 +10,7 @@ from msgspec.structs import replace
 
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, Model
-from moec.plan.inputs.popularity import normalised
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, normalised
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.placement.placement import place

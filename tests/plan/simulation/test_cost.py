@@ -8,8 +8,7 @@ import pytest
 
 from moec.errors import UsageError
 from moec.plan.inputs.model import Layers, Model, read_model
-from moec.plan.inputs.popularity import of_distribution
-from moec.plan.inputs.workload import Workload, activations
+from moec.plan.inputs.workload import Workload, activations, of_distribution
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.search.planner import Planner
