@@ -69,10 +69,10 @@ def cost_of_text(package: Package) -> str:
     if package.generation is None:
         return f"each new token takes the whole text again: {package.no_generation}"
     decode = package.functions[DECODE]
-    whole, token = (bytes_of_caches(decode.caches, 1, room) for room in (0, 1))
-    state = f", and {size(whole)} of state" if whole else ""
+    states, token = (bytes_of_caches(decode.caches, 1, room) for room in (0, 1))
+    state = f", and {size(states)} of state" if states else ""
     guesses = ", which cannot go back: nothing is guessed" if carries(decode) else ""
-    return f"the cache takes {size(token - whole)} a token{state}{guesses}; texts run side by side"
+    return f"the cache takes {size(token - states)} a token{state}{guesses}; texts run side by side"
 
 
 def _errors(checked: Checked) -> tuple[ErrorLine, ...]:
