@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cuda.instructions import kernel
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
@@ -40,39 +40,36 @@ class _Angles:
 def append(spec: AppendSpec, target: CudaTarget, name: str = "append") -> PrimFunc:
     """The kernel (cache, rows, first, cos?, sin?), all contiguous. Requires first[b] + S <= L; a
     larger first[b] writes the rows to the last slots, never outside the cache."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            batch, room, tokens = T.int64(), T.int64(), T.int64()
+    with kernel(name, restrict=True) as builder:
+        batch, room, tokens = T.int64(), T.int64(), T.int64()
 
-            def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
+        def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
+            return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
 
-            cache = tensor("cache", (batch, spec.heads, room, spec.width), spec.dtype)
-            new = (*spec.row(batch, spec.heads, tokens), spec.width)
-            rows, first = tensor("rows", new, spec.dtype), tensor("first", (batch,), "i64")
-            turns = []
-            for of, angles in zip(spec.turns or (), ("cos", "sin"), strict=False):
-                sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
-                shape = (*(size if full else 1 for full, size in sizes), of.width)
-                turns.append(_Angles(of, tensor(angles, shape, of.dtype)))
-            features = spec.width // 2 if turns else spec.width
-            count = T.if_then_else(room > 0, batch * spec.heads * tokens * features, T.int64(0))
-            blocks = T.max((count + (_THREADS - 1)) // _THREADS, T.int64(1))
-            grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
-            with grid as block, T.launch_thread("threadIdx.x", _THREADS) as thread:
-                number = T.bind(T.cast(block, "int64") * _THREADS + T.cast(thread, "int64"))
-                with T.If(number < count), T.Then():
-                    rest, feature = _divided(number, features)
-                    rest, s = _divided(rest, tokens)
-                    b, h = _divided(rest, spec.heads)
-                    slot = T.bind(T.max(T.min(first[b] + s, room - 1), T.int64(0)))
-                    source, to = (rows, spec.row(b, h, s)), (cache, (b, h, slot))
-                    if turns:
-                        _turn(spec, source, to, feature, turns, (b, h, s))
-                    else:
-                        T.buffer_store(cache, rows[(*source[1], feature)], [*to[1], feature])
+        cache = tensor("cache", (batch, spec.heads, room, spec.width), spec.dtype)
+        new = (*spec.row(batch, spec.heads, tokens), spec.width)
+        rows, first = tensor("rows", new, spec.dtype), tensor("first", (batch,), "i64")
+        turns = []
+        for of, angles in zip(spec.turns or (), ("cos", "sin"), strict=False):
+            sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
+            shape = (*(size if full else 1 for full, size in sizes), of.width)
+            turns.append(_Angles(of, tensor(angles, shape, of.dtype)))
+        features = spec.width // 2 if turns else spec.width
+        count = T.if_then_else(room > 0, batch * spec.heads * tokens * features, T.int64(0))
+        blocks = T.max((count + (_THREADS - 1)) // _THREADS, T.int64(1))
+        grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
+        with grid as block, T.launch_thread("threadIdx.x", _THREADS) as thread:
+            number = T.bind(T.cast(block, "int64") * _THREADS + T.cast(thread, "int64"))
+            with T.If(number < count), T.Then():
+                rest, feature = _divided(number, features)
+                rest, s = _divided(rest, tokens)
+                b, h = _divided(rest, spec.heads)
+                slot = T.bind(T.max(T.min(first[b] + s, room - 1), T.int64(0)))
+                source, to = (rows, spec.row(b, h, s)), (cache, (b, h, slot))
+                if turns:
+                    _turn(spec, source, to, feature, turns, (b, h, s))
+                else:
+                    T.buffer_store(cache, rows[(*source[1], feature)], [*to[1], feature])
     return builder.get()
 
 

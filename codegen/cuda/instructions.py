@@ -6,9 +6,11 @@ instructions in this file, and the emulator in tests/cuda_emulator implements al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
@@ -287,3 +289,14 @@ def running_sums(sums: Buffer, size: int, threads: int, thread: Expr) -> int:
         barrier()
         source, step = to, step * 2
     return source
+
+
+@contextmanager
+def kernel(name: str, restrict: bool = False) -> Iterator[IRBuilder]:
+    """A kernel whose arguments are declared, and whose loops are written, until the end of the
+    block; then `get()` of what it yields is the kernel. With `restrict`, CUDA C says that no two
+    arguments share memory."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name} | ({"tirx.noalias": True} if restrict else {}))
+        yield builder

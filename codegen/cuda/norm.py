@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, barrier, each, warp_sum
+from moec.codegen.cuda.instructions import WARP, barrier, each, kernel, warp_sum
 from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
@@ -57,33 +56,30 @@ def norm(spec: NormSpec, target: CudaTarget, name: str = "norm") -> PrimFunc:
     is."""
     warps = -(-spec.width // (_COLUMNS * WARP))
     threads = min(_MOST_THREADS, warps * WARP)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            rows = T.int64()
+    with kernel(name, restrict=True) as builder:
+        rows = T.int64()
 
-            def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
+        def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
+            return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
 
-            shape = (rows, spec.width)
-            x = tensor("x", shape, spec.x)
-            residual = tensor("residual", shape, spec.x) if spec.residual else None
-            weight = tensor("weight", (spec.width,), spec.weight) if spec.weight else None
-            bias = tensor("bias", (spec.width,), spec.bias) if spec.bias else None
-            total = tensor("sum", shape, spec.x) if spec.residual else None
-            out = tensor("out", shape, spec.out)
-            grid = T.launch_thread("blockIdx.x", T.cast(T.max(rows, T.int64(1)), "int32"))
-            with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
-                row = T.bind(T.cast(block, "int64"))
-                sums = T.alloc_buffer((threads // WARP,), "float32", scope="shared")
-                with T.If(row < rows), T.Then():
-                    on = _Block(threads, thread, sums)
-                    source = x
-                    if residual is not None and total is not None:
-                        _add(spec, on, row, x, residual, total)
-                        source = total  # each thread reads only what it wrote
-                    _normalise(spec, on, row, source, weight, bias, out)
+        shape = (rows, spec.width)
+        x = tensor("x", shape, spec.x)
+        residual = tensor("residual", shape, spec.x) if spec.residual else None
+        weight = tensor("weight", (spec.width,), spec.weight) if spec.weight else None
+        bias = tensor("bias", (spec.width,), spec.bias) if spec.bias else None
+        total = tensor("sum", shape, spec.x) if spec.residual else None
+        out = tensor("out", shape, spec.out)
+        grid = T.launch_thread("blockIdx.x", T.cast(T.max(rows, T.int64(1)), "int32"))
+        with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
+            row = T.bind(T.cast(block, "int64"))
+            sums = T.alloc_buffer((threads // WARP,), "float32", scope="shared")
+            with T.If(row < rows), T.Then():
+                on = _Block(threads, thread, sums)
+                source = x
+                if residual is not None and total is not None:
+                    _add(spec, on, row, x, residual, total)
+                    source = total  # each thread reads only what it wrote
+                _normalise(spec, on, row, source, weight, bias, out)
     return builder.get()
 
 

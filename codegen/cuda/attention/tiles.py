@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -51,6 +50,7 @@ from moec.codegen.cuda.instructions import (
     barrier,
     commit_copies,
     copy_async,
+    kernel,
     load_fragments,
     load_transposed,
     multiply,
@@ -185,11 +185,8 @@ def tile_attention(
     Raises NoMatch if no tile supports the spec.
     """
     tile = tile or key_tile(spec)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            _launch(arguments(spec), tile)
+    with kernel(name, restrict=True) as builder:
+        _launch(arguments(spec), tile)
     return builder.get()
 
 

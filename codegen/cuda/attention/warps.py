@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -27,7 +26,7 @@ from moec.codegen.cuda.attention.arguments import (
     masked,
 )
 from moec.codegen.cuda.attention.softmax import divisor_of
-from moec.codegen.cuda.instructions import WARP, barrier, each, exp, warp_sum
+from moec.codegen.cuda.instructions import WARP, barrier, each, exp, kernel, warp_sum
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
@@ -52,11 +51,8 @@ class _Query:
 def attention(spec: AttentionSpec, target: CudaTarget, name: str = "attention") -> PrimFunc:
     """The kernel (q, k, v, mask?, sinks?, first?, out). A query without visible keys gives
     zeros."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            launch_warps(arguments(spec))
+    with kernel(name, restrict=True) as builder:
+        launch_warps(arguments(spec))
     return builder.get()
 
 

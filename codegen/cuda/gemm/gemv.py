@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -31,7 +30,14 @@ from moec.codegen.cuda.gemm.product import (
     tiles_of,
 )
 from moec.codegen.cuda.gemm.tiles import ExpertRows
-from moec.codegen.cuda.instructions import WARP, computed_here, fma, load_past_cache, shuffle_xor
+from moec.codegen.cuda.instructions import (
+    WARP,
+    computed_here,
+    fma,
+    kernel,
+    load_past_cache,
+    shuffle_xor,
+)
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -76,12 +82,9 @@ def gemv(
     Raises NoMatch for products that these kernels do not support.
     """
     check_few_rows(spec, epilogue)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            p = dense_arguments(spec) if dense else arguments(spec, epilogue, top_k)
-            launch_few_rows(p, target, blocks)
+    with kernel(name) as builder:
+        p = dense_arguments(spec) if dense else arguments(spec, epilogue, top_k)
+        launch_few_rows(p, target, blocks)
     return builder.get()
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -41,7 +40,7 @@ from moec.codegen.cuda.gemm.tiles import (
     TileShape,
     row_and_column,
 )
-from moec.codegen.cuda.instructions import computed_here, fma, load_shared
+from moec.codegen.cuda.instructions import computed_here, fma, kernel, load_shared
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -73,11 +72,8 @@ def grouped_linear(
     shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, epilogue, one.shared_memory)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            _launched(arguments(spec, epilogue, top_k), target, shapes, blocks)
+    with kernel(name) as builder:
+        _launched(arguments(spec, epilogue, top_k), target, shapes, blocks)
     return builder.get()
 
 
@@ -92,11 +88,8 @@ def linear(
     shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, None, one.shared_memory)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            _launched(dense_arguments(spec), target, shapes, 0)
+    with kernel(name) as builder:
+        _launched(dense_arguments(spec), target, shapes, 0)
     return builder.get()
 
 

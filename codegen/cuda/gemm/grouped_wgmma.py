@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -39,6 +38,7 @@ from moec.codegen.cuda.instructions import (
     fence_products,
     give_registers,
     init_barrier,
+    kernel,
     multiply_group,
     publish_barriers,
     publish_copies,
@@ -265,11 +265,8 @@ def grouped_linear_wgmma(
     Raises NoMatch for products that the tile does not support.
     """
     check_wgmma(spec, target, epilogue)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            launch_wgmma(arguments(spec, epilogue, top_k), target, blocks)
+    with kernel(name) as builder:
+        launch_wgmma(arguments(spec, epilogue, top_k), target, blocks)
     return builder.get()
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -34,7 +33,7 @@ from moec.codegen.cuda.gemm.grouped import (
 from moec.codegen.cuda.gemm.mma_tile import rows_of_copies
 from moec.codegen.cuda.gemm.product import Product, arguments, check_shared_memory
 from moec.codegen.cuda.gemm.tiles import CODES, SMALL, ExpertRows, TileShape
-from moec.codegen.cuda.instructions import WARP, fma, load_past_cache
+from moec.codegen.cuda.instructions import WARP, fma, kernel, load_past_cache
 from moec.codegen.cuda.quantised.code_tile import code_tile, stage_of
 from moec.codegen.cuda.quantised.codes import (
     WORDS,
@@ -210,24 +209,21 @@ def _kernel(
     name: str,
     launch: Callable[[Codes, Product], None],
 ) -> PrimFunc:
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            format, columns = spec.format, spec.n * (2 if spec.gated else 1)
-            blocks = format.blocks(spec.k)
-            shape = (spec.groups, columns, blocks)
-            scale_type = "uint8" if format.kind == "mxfp4" else "bfloat16"
-            scales = T.match_buffer(T.arg("scales", T.handle()), shape, scale_type)
-            zeros = None
-            if format.asymmetric:
-                zeros = T.match_buffer(T.arg("zeros", T.handle()), shape, "uint8")
-            handle = T.arg("row_scales", T.handle())
-            row_scales = T.match_buffer(handle, (T.int32(), blocks), "float32")
-            x = ("float16", planes_of(format.row_bits) * spec.k)
-            stored = ("uint8", spec.k * format.bits // 8)
-            p = arguments(spec, epilogue, top_k, x=x, w=stored)
-            launch(Codes(scales, zeros, row_scales), p)
+    with kernel(name) as builder:
+        format, columns = spec.format, spec.n * (2 if spec.gated else 1)
+        blocks = format.blocks(spec.k)
+        shape = (spec.groups, columns, blocks)
+        scale_type = "uint8" if format.kind == "mxfp4" else "bfloat16"
+        scales = T.match_buffer(T.arg("scales", T.handle()), shape, scale_type)
+        zeros = None
+        if format.asymmetric:
+            zeros = T.match_buffer(T.arg("zeros", T.handle()), shape, "uint8")
+        handle = T.arg("row_scales", T.handle())
+        row_scales = T.match_buffer(handle, (T.int32(), blocks), "float32")
+        x = ("float16", planes_of(format.row_bits) * spec.k)
+        stored = ("uint8", spec.k * format.bits // 8)
+        p = arguments(spec, epilogue, top_k, x=x, w=stored)
+        launch(Codes(scales, zeros, row_scales), p)
     return builder.get()
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, warp_greatest
+from moec.codegen.cuda.instructions import WARP, kernel, warp_greatest
 from moec.ir.formats.integer import TINY, most_of
 from moec.target.cuda import CudaTarget
 
@@ -32,36 +31,33 @@ def round_rows(
     """A kernel (x[R, width], scales f32[R, blocks], codes f16[R, planes * width]), one warp per
     block of a row."""
     size, warps = width // blocks, 4
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            rows = T.int32()
+    with kernel(name) as builder:
+        rows = T.int32()
 
-            def argument(name: str, columns: int, dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), (rows, columns), dtype)
+        def argument(name: str, columns: int, dtype: str) -> Buffer:
+            return T.match_buffer(T.arg(name, T.handle()), (rows, columns), dtype)
 
-            x = argument("x", width, dtype)
-            scales = argument("scales", blocks, "float32")
-            codes = argument("codes", planes_of(bits) * width, "float16")
-            grid = T.launch_thread("blockIdx.x", T.max((rows * blocks + (warps - 1)) // warps, 1))
-            with grid as block, T.launch_thread("threadIdx.x", warps * WARP) as thread:
-                number = T.bind(block * warps + thread // WARP)
-                with T.If(number < rows * blocks), T.Then():
-                    row = T.bind(T.cast(number // blocks, "int64"))
-                    block_of_row = T.bind(number % blocks)
-                    lane = T.bind(thread % WARP)
-                    inverse, scale = _scale(x, row, block_of_row * size, size, lane, most_of(bits))
-                    with T.If(lane == 0), T.Then():
-                        T.buffer_store(scales, scale, [row, block_of_row])
-                    with T.serial(0, -(-size // WARP)) as turn:
-                        at = T.bind(turn * WARP + lane)
-                        with T.If(at < size), T.Then():
-                            column = T.bind(block_of_row * size + at)
-                            value = T.cast(x[row, column], "float32") * inverse
-                            for plane, part in enumerate(_planes(value, bits)):
-                                to = [row, column + plane * width]
-                                T.buffer_store(codes, T.cast(part, "float16"), to)
+        x = argument("x", width, dtype)
+        scales = argument("scales", blocks, "float32")
+        codes = argument("codes", planes_of(bits) * width, "float16")
+        grid = T.launch_thread("blockIdx.x", T.max((rows * blocks + (warps - 1)) // warps, 1))
+        with grid as block, T.launch_thread("threadIdx.x", warps * WARP) as thread:
+            number = T.bind(block * warps + thread // WARP)
+            with T.If(number < rows * blocks), T.Then():
+                row = T.bind(T.cast(number // blocks, "int64"))
+                block_of_row = T.bind(number % blocks)
+                lane = T.bind(thread % WARP)
+                inverse, scale = _scale(x, row, block_of_row * size, size, lane, most_of(bits))
+                with T.If(lane == 0), T.Then():
+                    T.buffer_store(scales, scale, [row, block_of_row])
+                with T.serial(0, -(-size // WARP)) as turn:
+                    at = T.bind(turn * WARP + lane)
+                    with T.If(at < size), T.Then():
+                        column = T.bind(block_of_row * size + at)
+                        value = T.cast(x[row, column], "float32") * inverse
+                        for plane, part in enumerate(_planes(value, bits)):
+                            to = [row, column + plane * width]
+                            T.buffer_store(codes, T.cast(part, "float16"), to)
     return builder.get()
 
 

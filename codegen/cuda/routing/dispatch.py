@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -26,6 +25,7 @@ from moec.codegen.cuda.instructions import (
     count_bits,
     each,
     fma,
+    kernel,
     match,
     running_sums,
 )
@@ -65,23 +65,20 @@ def dispatch(spec: DispatchSpec, target: CudaTarget, name: str = "dispatch") -> 
     """A kernel (experts i64[T, k], order i32[R], slots i32[T, k], ends i32[E]); R = T * k."""
     size = spec.num_experts + 1
     warps = max(1, min(16, (_STATIC_SHARED // 4 - 3 * size) // size))
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            t, r = T.int32(), T.int32()
-            experts = T.match_buffer(T.arg("experts", T.handle()), (t, spec.top_k), "int64")
-            order = T.match_buffer(T.arg("order", T.handle()), (r,), "int32")
-            slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
-            ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
-            grid = T.launch_thread("blockIdx.x", 1)
-            with grid, T.launch_thread("threadIdx.x", warps * WARP) as thread:
-                following = T.alloc_buffer((size,), "int32", scope="shared")
-                rows = T.alloc_buffer((warps * size,), "int32", scope="shared")
-                sort = _Sort(spec.num_experts, spec.top_k, warps, thread, experts, following, rows)
-                choices = T.bind(t * spec.top_k)
-                _starts(sort, choices, ends)
-                _write(sort, choices, order, slots)
+    with kernel(name) as builder:
+        t, r = T.int32(), T.int32()
+        experts = T.match_buffer(T.arg("experts", T.handle()), (t, spec.top_k), "int64")
+        order = T.match_buffer(T.arg("order", T.handle()), (r,), "int32")
+        slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
+        ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
+        grid = T.launch_thread("blockIdx.x", 1)
+        with grid, T.launch_thread("threadIdx.x", warps * WARP) as thread:
+            following = T.alloc_buffer((size,), "int32", scope="shared")
+            rows = T.alloc_buffer((warps * size,), "int32", scope="shared")
+            sort = _Sort(spec.num_experts, spec.top_k, warps, thread, experts, following, rows)
+            choices = T.bind(t * spec.top_k)
+            _starts(sort, choices, ends)
+            _write(sort, choices, order, slots)
     return builder.get()
 
 
@@ -157,44 +154,41 @@ def combine(spec: CombineSpec, target: CudaTarget, name: str = "combine") -> Pri
     Without weights, the rows are added unscaled.
     """
     threads = min(_MOST_THREADS, -(-spec.width // WARP) * WARP)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            t, r = T.int32(), T.int32()
-            y = T.match_buffer(T.arg("y", T.handle()), (r, spec.width), spec.rows)
-            slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
-            ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
-            weights = addend = None
-            if spec.weights is not None:
-                handle = T.arg("weights", T.handle())
-                weights = T.match_buffer(handle, (t, spec.top_k), spec.weights)
-            if spec.addend is not None:
-                handle = T.arg("addend", T.handle())
-                addend = T.match_buffer(handle, (t, spec.width), spec.addend)
-            out = T.match_buffer(T.arg("out", T.handle()), (t, spec.width), spec.out)
-            grid = T.launch_thread("blockIdx.x", T.max(t, 1))  # a grid of 0 is an error
-            with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
-                # rows * width may exceed 32 bits.
-                token = T.bind(T.cast(block, "int64"))
-                total = T.alloc_buffer((1,), "float32", scope="local")
-                turns = -(-spec.width // threads)
-                with T.If(block < t), T.Then(), T.serial(0, turns) as turn:
-                    column = T.bind(turn * threads + thread)
-                    with T.If(column < spec.width), T.Then():
-                        T.buffer_store(total, T.float32(0), [0])
-                        for s in range(spec.top_k):
-                            row = T.bind(slots[token, s])
-                            with T.If(row < ends[spec.num_experts - 1]), T.Then():
-                                part = T.cast(y[T.cast(row, "int64"), column], "float32")
-                                if weights is None:
-                                    value = total[0] + part
-                                else:
-                                    weight = T.cast(weights[token, s], "float32")
-                                    value = fma(weight, part, total[0])
-                                T.buffer_store(total, value, [0])
-                        value = total[0]
-                        if addend is not None:
-                            value = value + T.cast(addend[token, column], "float32")
-                        T.buffer_store(out, T.cast(value, spec.out), [token, column])
+    with kernel(name) as builder:
+        t, r = T.int32(), T.int32()
+        y = T.match_buffer(T.arg("y", T.handle()), (r, spec.width), spec.rows)
+        slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
+        ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
+        weights = addend = None
+        if spec.weights is not None:
+            handle = T.arg("weights", T.handle())
+            weights = T.match_buffer(handle, (t, spec.top_k), spec.weights)
+        if spec.addend is not None:
+            handle = T.arg("addend", T.handle())
+            addend = T.match_buffer(handle, (t, spec.width), spec.addend)
+        out = T.match_buffer(T.arg("out", T.handle()), (t, spec.width), spec.out)
+        grid = T.launch_thread("blockIdx.x", T.max(t, 1))  # a grid of 0 is an error
+        with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
+            # rows * width may exceed 32 bits.
+            token = T.bind(T.cast(block, "int64"))
+            total = T.alloc_buffer((1,), "float32", scope="local")
+            turns = -(-spec.width // threads)
+            with T.If(block < t), T.Then(), T.serial(0, turns) as turn:
+                column = T.bind(turn * threads + thread)
+                with T.If(column < spec.width), T.Then():
+                    T.buffer_store(total, T.float32(0), [0])
+                    for s in range(spec.top_k):
+                        row = T.bind(slots[token, s])
+                        with T.If(row < ends[spec.num_experts - 1]), T.Then():
+                            part = T.cast(y[T.cast(row, "int64"), column], "float32")
+                            if weights is None:
+                                value = total[0] + part
+                            else:
+                                weight = T.cast(weights[token, s], "float32")
+                                value = fma(weight, part, total[0])
+                            T.buffer_store(total, value, [0])
+                    value = total[0]
+                    if addend is not None:
+                        value = value + T.cast(addend[token, column], "float32")
+                    T.buffer_store(out, T.cast(value, spec.out), [token, column])
     return builder.get()

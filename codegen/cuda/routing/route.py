@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
@@ -21,6 +20,7 @@ from moec.codegen.cuda.instructions import (
     WARP,
     ballot,
     exp,
+    kernel,
     warp_barrier,
     warp_greatest,
     warp_max,
@@ -67,27 +67,24 @@ def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
     """The kernel (logits, correction?, weights, experts). Raises NoMatch as `check` does."""
     check(spec)
     routing, experts = spec.routing, spec.num_experts
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            t = T.int32()
-            handle = T.arg("logits", T.handle())
-            logits = T.match_buffer(handle, (t, experts), LONG_NAMES[spec.logits])
-            correction = None
-            if spec.correction is not None:
-                handle = T.arg("correction", T.handle())
-                correction = T.match_buffer(handle, (experts,), LONG_NAMES[spec.correction])
-            handle = T.arg("weights", T.handle())
-            weights = T.match_buffer(handle, (t, routing.k), LONG_NAMES[routing.dtype])
-            chosen = T.match_buffer(T.arg("experts", T.handle()), (t, routing.k), "int64")
-            blocks = T.max((t + (_WARPS - 1)) // _WARPS, 1)  # a grid of 0 is an error
-            grid = T.launch_thread("blockIdx.x", blocks)
-            with grid as block, T.launch_thread("threadIdx.x", _WARPS * WARP) as thread:
-                router = _router(spec, thread)
-                token = T.bind(block * _WARPS + router.warp)
-                with T.If(token < t), T.Then():
-                    _route(router, logits, correction, weights, chosen, T.cast(token, "int64"))
+    with kernel(name) as builder:
+        t = T.int32()
+        handle = T.arg("logits", T.handle())
+        logits = T.match_buffer(handle, (t, experts), LONG_NAMES[spec.logits])
+        correction = None
+        if spec.correction is not None:
+            handle = T.arg("correction", T.handle())
+            correction = T.match_buffer(handle, (experts,), LONG_NAMES[spec.correction])
+        handle = T.arg("weights", T.handle())
+        weights = T.match_buffer(handle, (t, routing.k), LONG_NAMES[routing.dtype])
+        chosen = T.match_buffer(T.arg("experts", T.handle()), (t, routing.k), "int64")
+        blocks = T.max((t + (_WARPS - 1)) // _WARPS, 1)  # a grid of 0 is an error
+        grid = T.launch_thread("blockIdx.x", blocks)
+        with grid as block, T.launch_thread("threadIdx.x", _WARPS * WARP) as thread:
+            router = _router(spec, thread)
+            token = T.bind(block * _WARPS + router.warp)
+            with T.If(token < t), T.Then():
+                _route(router, logits, correction, weights, chosen, T.cast(token, "int64"))
     return builder.get()
 
 
