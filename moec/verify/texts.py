@@ -20,6 +20,7 @@ from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program, State
 from moec.ir.interpret.run_in_float32 import in_float32, wide
 from moec.oracle.rounding import FLOAT32_NOISE, rows_beyond
+from moec.oracle.table_ids import nonzero_rows
 from moec.runtime.call.caches import Cache
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Generation, Package, carries
@@ -53,14 +54,16 @@ def feed_pieces(
     decoder: Decoder,
     pieces: Sequence[tuple[int, int]] = PIECES,
     prepare: Callable[[Texts], None] = lambda texts: None,
+    tokens: Array | None = None,
 ) -> Iterator[tuple[torch.Tensor, list[int], Array]]:
-    """Feed random tokens to two texts in pieces: all tokens i64[2, S], and for each piece the
-    lengths of the texts and their logits [2, V] after it. `prepare` is called first."""
+    """Feed random tokens (of `tokens`, if given) to two texts in pieces: all tokens i64[2, S], and
+    for each piece the texts' lengths and logits [2, V] after it. `prepare` is called first."""
     package = decoder.package
     assert package.generation is not None
     pieces = list(_within_context(pieces, package))
     room = sum(max(piece) for piece in pieces)
-    ids = np.random.default_rng(0).integers(0, package.generation.vocabulary, (2, max(room, 1)))
+    of = package.generation.vocabulary if tokens is None or not len(tokens) else tokens
+    ids = np.random.default_rng(0).choice(of, (2, max(room, 1)))
     texts, lengths = Texts(decoder, 2, max(room, 1)), [0, 0]
     prepare(texts)
     for piece in pieces:
@@ -123,7 +126,9 @@ def check_texts(
     decoder, generation = InterpretedDecoder(package, program), package.generation
     assert isinstance(generation, Generation)
     try:
-        fed = list(feed_pieces(decoder, pieces))
+        tokens = nonzero_rows(captured.program, captured.program.graph.inputs[0]).numpy()
+        tokens = tokens[tokens < generation.vocabulary]
+        fed = list(feed_pieces(decoder, pieces, tokens=tokens))
     except InputError as error:
         return f"texts in pieces are refused: {error}"
     if not fed:

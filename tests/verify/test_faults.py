@@ -26,6 +26,7 @@ from moec.runtime.package import DECODE
 from moec.verify.check import check
 from moec.verify.code import check_code
 from moec.verify.texts import check_texts
+from tests.models.families import FAMILIES
 
 EXPERTS = 64
 ONE = 37
@@ -174,6 +175,15 @@ def shifted(program: Program, reader: str, above: int) -> Program:
 
 def test_texts_in_pieces_are_right(compiled: CompiledModel) -> None:
     assert not pieces_differ(compiled, compiled.module[DECODE])
+
+
+def test_texts_hold_no_padding() -> None:
+    """Its row is zero, and so all scores of experts: which are chosen, torch leaves open."""
+    family = FAMILIES["jetmoe"]
+    fields = {**family.fields, "num_hidden_layers": 2, "initializer_range": 0.08}
+    model = replace(family, fields=fields).build(torch.float32)
+    padded = moec.compile(model, kwargs=family.inputs(2, 7), verify=False)
+    assert not pieces_differ(padded, padded.module[DECODE])
 
 
 @pytest.mark.parametrize("reader", ["nn.append", "aten."])

@@ -18,10 +18,12 @@ class Experts(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.gate(x).softmax(-1).topk(self.k)
         y = torch.zeros_like(x)
-        for e, matrix in enumerate(self.w):
-            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * torch.nn.functional.linear(x, matrix)
+        for e in range(len(self.w)):
+            y = y + (weights * (chosen == e)).sum(-1, keepdim=True) * self.expert(e, x)
         return y
+
+    def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.w[e])
 
 
 class Net(torch.nn.Module):

@@ -15,8 +15,8 @@ import moec
 from moec.errors import UsageError
 from moec.optimise.optimisation.optimize import choice_limits, search
 from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices, write_choices
+from tests.zoo.two_layers import EXPERTS, WIDTH, Experts, K
 
-EXPERTS, WIDTH, K = 4, 64, 2
 EXPERT = 4 * (WIDTH * WIDTH + WIDTH)
 ROUTER = 4 * EXPERTS * WIDTH
 TOTAL = 2 * (ROUTER + EXPERTS * EXPERT)
@@ -28,20 +28,13 @@ ARGS = (X[:5],)
 CALIB = {"x": X}
 
 
-class Experts(torch.nn.Module):
+class WithBias(Experts):
     def __init__(self) -> None:
         super().__init__()
-        self.gate = torch.nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
         self.b = torch.nn.Parameter(torch.zeros(EXPERTS, WIDTH))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(K)
-        y = torch.zeros_like(x)
-        for e in range(EXPERTS):
-            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * linear(x, self.w[e], self.b[e])
-        return y
+    def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.w[e], self.b[e])
 
 
 class Net(torch.nn.Module):
@@ -49,7 +42,7 @@ class Net(torch.nn.Module):
 
     def __init__(self, planted: bool = True) -> None:
         super().__init__()
-        self.first, self.second = Experts(), Experts()
+        self.first, self.second = WithBias(), WithBias()
         if planted:
             with torch.no_grad():
                 self.second.w[2], self.second.b[2] = 0, 10 * torch.randn(WIDTH)
