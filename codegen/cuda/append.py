@@ -14,7 +14,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import kernel
+from moec.codegen.cuda.instructions import argument, kernel
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
@@ -43,17 +43,14 @@ def append(spec: AppendSpec, target: CudaTarget, name: str = "append") -> PrimFu
     with kernel(name, restrict=True) as builder:
         batch, room, tokens = T.int64(), T.int64(), T.int64()
 
-        def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-            return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
-
-        cache = tensor("cache", (batch, spec.heads, room, spec.width), spec.dtype)
+        cache = argument("cache", (batch, spec.heads, room, spec.width), spec.dtype)
         new = (*spec.row(batch, spec.heads, tokens), spec.width)
-        rows, first = tensor("rows", new, spec.dtype), tensor("first", (batch,), "i64")
+        rows, first = argument("rows", new, spec.dtype), argument("first", (batch,), "i64")
         turns = []
         for of, angles in zip(spec.turns or (), ("cos", "sin"), strict=False):
             sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
             shape = (*(size if full else 1 for full, size in sizes), of.width)
-            turns.append(_Angles(of, tensor(angles, shape, of.dtype)))
+            turns.append(_Angles(of, argument(angles, shape, of.dtype)))
         features = spec.width // 2 if turns else spec.width
         count = T.if_then_else(room > 0, batch * spec.heads * tokens * features, T.int64(0))
         blocks = T.max((count + (_THREADS - 1)) // _THREADS, T.int64(1))

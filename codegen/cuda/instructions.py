@@ -14,6 +14,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.dtypes import LONG_NAMES
+
 WARP = 32
 _ALL_LANES = T.uint32(0xFFFFFFFF)
 _MMA = {"bfloat16": "bf16", "float16": "f16"}
@@ -300,3 +302,8 @@ def kernel(name: str, restrict: bool = False) -> Iterator[IRBuilder]:
         T.func_name(name)
         T.func_attr({"global_symbol": name} | ({"tirx.noalias": True} if restrict else {}))
         yield builder
+
+
+def argument(name: str, shape: Sequence[Expr | int], dtype: str) -> Buffer:
+    """The next argument of the kernel whose frame is open; `dtype` is TVM's name or the IR's."""
+    return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES.get(dtype, dtype))

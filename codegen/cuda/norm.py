@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, barrier, each, kernel, warp_sum
+from moec.codegen.cuda.instructions import WARP, argument, barrier, each, kernel, warp_sum
 from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
@@ -59,16 +59,13 @@ def norm(spec: NormSpec, target: CudaTarget, name: str = "norm") -> PrimFunc:
     with kernel(name, restrict=True) as builder:
         rows = T.int64()
 
-        def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-            return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
-
         shape = (rows, spec.width)
-        x = tensor("x", shape, spec.x)
-        residual = tensor("residual", shape, spec.x) if spec.residual else None
-        weight = tensor("weight", (spec.width,), spec.weight) if spec.weight else None
-        bias = tensor("bias", (spec.width,), spec.bias) if spec.bias else None
-        total = tensor("sum", shape, spec.x) if spec.residual else None
-        out = tensor("out", shape, spec.out)
+        x = argument("x", shape, spec.x)
+        residual = argument("residual", shape, spec.x) if spec.residual else None
+        weight = argument("weight", (spec.width,), spec.weight) if spec.weight else None
+        bias = argument("bias", (spec.width,), spec.bias) if spec.bias else None
+        total = argument("sum", shape, spec.x) if spec.residual else None
+        out = argument("out", shape, spec.out)
         grid = T.launch_thread("blockIdx.x", T.cast(T.max(rows, T.int64(1)), "int32"))
         with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
             row = T.bind(T.cast(block, "int64"))

@@ -12,7 +12,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cuda.instructions import round_pair
+from moec.codegen.cuda.instructions import argument, round_pair
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 
@@ -43,9 +43,6 @@ class Arguments:
 def arguments(spec: AttentionSpec) -> Arguments:
     batch, queries, keys = T.int64(), T.int64(), T.int64()
     dtype = LONG_NAMES[spec.dtype]
-
-    def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
     def tensor(name: str, heads: int, n: Expr, width: int) -> Buffer:
         swapped = name in spec.tokens_first

@@ -17,7 +17,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.tiles import ExpertRows, OneExpert, RowTiles, row_tiles
-from moec.codegen.cuda.instructions import round_pair
+from moec.codegen.cuda.instructions import argument, round_pair
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -95,10 +95,6 @@ def arguments(
     many, tokens = T.int32(), T.int32()
     columns = spec.n * (2 if spec.gated else 1)
     x_rows = tokens if top_k else many
-
-    def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
     rows = argument("x", (x_rows, x_width), x_dtype)
     order = argument("order", (many,), "int32") if top_k else None
     ends = argument("ends", (spec.groups,), "int32")
@@ -111,10 +107,6 @@ def arguments(
 def dense_arguments(spec: LinearSpec) -> Product:
     """x[R, k], w[n, k][, bias[n]], y[R, n]."""
     rows = T.int32()
-
-    def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
     x = argument("x", (rows, spec.k), spec.dtype)
     w = argument("w", (spec.n, spec.k), spec.dtype)
     bias = argument("bias", (spec.n,), spec.dtype) if spec.bias else None

@@ -33,7 +33,7 @@ from moec.codegen.cuda.gemm.grouped import (
 from moec.codegen.cuda.gemm.mma_tile import rows_of_copies
 from moec.codegen.cuda.gemm.product import Product, arguments, check_shared_memory
 from moec.codegen.cuda.gemm.tiles import CODES, SMALL, ExpertRows, TileShape
-from moec.codegen.cuda.instructions import WARP, fma, kernel, load_past_cache
+from moec.codegen.cuda.instructions import WARP, argument, fma, kernel, load_past_cache
 from moec.codegen.cuda.quantised.code_tile import code_tile, stage_of
 from moec.codegen.cuda.quantised.codes import (
     WORDS,
@@ -214,12 +214,11 @@ def _kernel(
         blocks = format.blocks(spec.k)
         shape = (spec.groups, columns, blocks)
         scale_type = "uint8" if format.kind == "mxfp4" else "bfloat16"
-        scales = T.match_buffer(T.arg("scales", T.handle()), shape, scale_type)
+        scales = argument("scales", shape, scale_type)
         zeros = None
         if format.asymmetric:
-            zeros = T.match_buffer(T.arg("zeros", T.handle()), shape, "uint8")
-        handle = T.arg("row_scales", T.handle())
-        row_scales = T.match_buffer(handle, (T.int32(), blocks), "float32")
+            zeros = argument("zeros", shape, "uint8")
+        row_scales = argument("row_scales", (T.int32(), blocks), "float32")
         x = ("float16", planes_of(format.row_bits) * spec.k)
         stored = ("uint8", spec.k * format.bits // 8)
         p = arguments(spec, epilogue, top_k, x=x, w=stored)

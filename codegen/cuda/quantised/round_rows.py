@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, kernel, warp_greatest
+from moec.codegen.cuda.instructions import WARP, argument, kernel, warp_greatest
 from moec.ir.formats.integer import TINY, most_of
 from moec.target.cuda import CudaTarget
 
@@ -34,12 +34,9 @@ def round_rows(
     with kernel(name) as builder:
         rows = T.int32()
 
-        def argument(name: str, columns: int, dtype: str) -> Buffer:
-            return T.match_buffer(T.arg(name, T.handle()), (rows, columns), dtype)
-
-        x = argument("x", width, dtype)
-        scales = argument("scales", blocks, "float32")
-        codes = argument("codes", planes_of(bits) * width, "float16")
+        x = argument("x", (rows, width), dtype)
+        scales = argument("scales", (rows, blocks), "float32")
+        codes = argument("codes", (rows, planes_of(bits) * width), "float16")
         grid = T.launch_thread("blockIdx.x", T.max((rows * blocks + (warps - 1)) // warps, 1))
         with grid as block, T.launch_thread("threadIdx.x", warps * WARP) as thread:
             number = T.bind(block * warps + thread // WARP)

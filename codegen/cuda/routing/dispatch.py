@@ -21,6 +21,7 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cuda.instructions import (
     WARP,
     add_atomically,
+    argument,
     barrier,
     count_bits,
     each,
@@ -67,10 +68,10 @@ def dispatch(spec: DispatchSpec, target: CudaTarget, name: str = "dispatch") -> 
     warps = max(1, min(16, (_STATIC_SHARED // 4 - 3 * size) // size))
     with kernel(name) as builder:
         t, r = T.int32(), T.int32()
-        experts = T.match_buffer(T.arg("experts", T.handle()), (t, spec.top_k), "int64")
-        order = T.match_buffer(T.arg("order", T.handle()), (r,), "int32")
-        slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
-        ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
+        experts = argument("experts", (t, spec.top_k), "int64")
+        order = argument("order", (r,), "int32")
+        slots = argument("slots", (t, spec.top_k), "int32")
+        ends = argument("ends", (spec.num_experts,), "int32")
         grid = T.launch_thread("blockIdx.x", 1)
         with grid, T.launch_thread("threadIdx.x", warps * WARP) as thread:
             following = T.alloc_buffer((size,), "int32", scope="shared")
@@ -156,17 +157,15 @@ def combine(spec: CombineSpec, target: CudaTarget, name: str = "combine") -> Pri
     threads = min(_MOST_THREADS, -(-spec.width // WARP) * WARP)
     with kernel(name) as builder:
         t, r = T.int32(), T.int32()
-        y = T.match_buffer(T.arg("y", T.handle()), (r, spec.width), spec.rows)
-        slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
-        ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
+        y = argument("y", (r, spec.width), spec.rows)
+        slots = argument("slots", (t, spec.top_k), "int32")
+        ends = argument("ends", (spec.num_experts,), "int32")
         weights = addend = None
         if spec.weights is not None:
-            handle = T.arg("weights", T.handle())
-            weights = T.match_buffer(handle, (t, spec.top_k), spec.weights)
+            weights = argument("weights", (t, spec.top_k), spec.weights)
         if spec.addend is not None:
-            handle = T.arg("addend", T.handle())
-            addend = T.match_buffer(handle, (t, spec.width), spec.addend)
-        out = T.match_buffer(T.arg("out", T.handle()), (t, spec.width), spec.out)
+            addend = argument("addend", (t, spec.width), spec.addend)
+        out = argument("out", (t, spec.width), spec.out)
         grid = T.launch_thread("blockIdx.x", T.max(t, 1))  # a grid of 0 is an error
         with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
             # rows * width may exceed 32 bits.

@@ -18,6 +18,7 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cuda.activation import sigmoid
 from moec.codegen.cuda.instructions import (
     WARP,
+    argument,
     ballot,
     exp,
     kernel,
@@ -69,15 +70,12 @@ def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
     routing, experts = spec.routing, spec.num_experts
     with kernel(name) as builder:
         t = T.int32()
-        handle = T.arg("logits", T.handle())
-        logits = T.match_buffer(handle, (t, experts), LONG_NAMES[spec.logits])
+        logits = argument("logits", (t, experts), LONG_NAMES[spec.logits])
         correction = None
         if spec.correction is not None:
-            handle = T.arg("correction", T.handle())
-            correction = T.match_buffer(handle, (experts,), LONG_NAMES[spec.correction])
-        handle = T.arg("weights", T.handle())
-        weights = T.match_buffer(handle, (t, routing.k), LONG_NAMES[routing.dtype])
-        chosen = T.match_buffer(T.arg("experts", T.handle()), (t, routing.k), "int64")
+            correction = argument("correction", (experts,), LONG_NAMES[spec.correction])
+        weights = argument("weights", (t, routing.k), LONG_NAMES[routing.dtype])
+        chosen = argument("experts", (t, routing.k), "int64")
         blocks = T.max((t + (_WARPS - 1)) // _WARPS, 1)  # a grid of 0 is an error
         grid = T.launch_thread("blockIdx.x", blocks)
         with grid as block, T.launch_thread("threadIdx.x", _WARPS * WARP) as thread:
