@@ -41,7 +41,6 @@ OF_GGUF = {
     *("as_json", "quiet", "force", "verbose", "log_file"),
 }
 """Options that a GGUF file has; the others are of ONNX files."""
-NEAR_TIES = "tokens with nearly equal router scores may choose other experts after rounding"
 
 
 @click.command("export", short_help="Write a model as an ONNX or a GGUF file.")
@@ -186,8 +185,6 @@ def render(exported: Exported) -> str:
     for name, error in exported.errors.items():
         against = f" of {exported.quant} in float32" if exported.quant else ""
         rows.append(("error", f"{name} {error:.1e}{against}, allowed {exported.tolerance:.0e}"))
-    if exported.strays:
-        rows.append(("rows", f"{exported.strays} of {exported.rows} differ by more: {NEAR_TIES}"))
     for line in exported.moved:
         rows.append(("moved", f"{line.output} {line.error:.1%} of its norm by {exported.quant}"))
     if exported.parity:

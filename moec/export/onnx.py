@@ -52,8 +52,7 @@ class Exported:
     against eager, and `parity` by block the share of tokens that chose the same experts; both are
     empty where the file was not run, and `notes` have the reason. If `quant` is a format, both
     compare with the quantised weights in float32, and `moved` has the distance of each output from
-    that of the unquantised model. `strays` of the compared `rows` have a greater error than
-    `tolerance` (see `moec.oracle.tolerance.STRAYS`). `caches` is the number of layers with past
+    that of the unquantised model. `caches` is the number of layers with past
     keys and values as inputs and present ones as outputs; 0 for a file without a cache.
     """
 
@@ -70,8 +69,6 @@ class Exported:
     notes: tuple[str, ...] = ()
     quant: str = ""
     moved: tuple[MovedLine, ...] = ()
-    strays: int = 0
-    rows: int = 0
     caches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,8 +242,6 @@ def _compared(
         parity=parity,
         notes=notes,
         moved=checked.moved,
-        strays=checked.strays,
-        rows=checked.rows,
     )
 
 

@@ -15,6 +15,7 @@ from moec.ir.graph import Module
 from moec.ir.interpret.threads import threads_for
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
+from moec.oracle.tolerance import rounds_to_16_bits
 from moec.passes.core.runner import Declined
 from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
@@ -27,7 +28,8 @@ from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
 from moec.verify import check as checking
 from moec.verify.chunked import feed_in_chunks
-from moec.verify.code import check_code, summary
+from moec.verify.code import check_case, check_code, summary
+from moec.verify.recording import Recording
 from moec.verify.references import intended
 from moec.verify.texts import FEW_PIECES, PIECES, check_texts
 
@@ -162,27 +164,31 @@ def verify_model(
 
     weights = compiled.captured.program.weights.values()
     with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
-        pieces = None
-        if DECODE in compiled.module:
-            pieces = (logits_of(compiled.graph).name, partial(feed_in_chunks, executor))
-        check = partial(checking.check, compiled.captured, together=together)
-        checked = check(run_afresh, compiled.pass_results, limit, pieces)
-        for form in compiled.sides:
-            beyond = checking.check(
-                form.captured, run_afresh, form.pass_results, limit, together=together
+        package, kernels, pieces = executor.package, None, None
+        if package.gpu is None:
+            recording = Recording(package, {})
+            executor = recording.executor()
+            kernels = checking.Kernels(
+                recording.take_written,
+                lambda case: check_case(package, compiled.module, compiled.captured, case),
             )
+        if DECODE in compiled.module and not rounds_to_16_bits(compiled.graph):
+            pieces = (logits_of(compiled.graph).name, partial(feed_in_chunks, executor))
+        check = partial(checking.check, kernels=kernels, together=together)
+        checked = check(compiled.captured, run_afresh, compiled.pass_results, limit, pieces)
+        for form in compiled.sides:
+            beyond = check(form.captured, run_afresh, form.pass_results, limit)
             checked = replace(checked, errors=_greater(checked.errors, beyond.errors))
         if ROUTED in compiled.module:
-            check(partial(_by_parts, executor), compiled.pass_results, limit)
-        executor.reset()
-        package = executor.package
+            by_parts = partial(_by_parts, executor)
+            check(compiled.captured, by_parts, compiled.pass_results, limit)
         if package.gpu is None:
-            if pieces is not None and package.generation is not None:
+            if DECODE in compiled.module and package.generation is not None:
                 checking.say("texts in pieces")
                 _check_texts(compiled, package)
             checking.say("each kernel")
-            kernels = check_code(package, compiled.module, compiled.captured, checked.cases)
-            checked = replace(checked, cases=(), kernels=summary(kernels, len(package.arrays)))
+            code = check_code(package, compiled.module, compiled.captured, checked.cases)
+            checked = replace(checked, cases=(), kernels=summary(code, len(package.arrays)))
     return replace(compiled, checked=checked)
 
 

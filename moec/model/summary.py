@@ -9,7 +9,6 @@ from moec.errors import InputError
 from moec.ir.graph import Graph
 from moec.ir.sizes.dims import Bounds, show_dim
 from moec.model.compilation import Compilation
-from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import Kind
 from moec.pipeline import without_effect
 from moec.report.data import DeclinedLine, ErrorLine, LoopLine
@@ -118,23 +117,6 @@ def _verification_notes(compiled: Compilation, checked: Checked) -> tuple[str, .
         notes += (
             "the compiled code was compared with the graph that the passes changed; the "
             f"graph before these passes was compared with eager{above}",
-        )
-    if checked.strays:
-        rounds = compiled.quantised and rounded_rows(compiled.pass_results[-1].program.graph)
-        rows = "where rows are rounded to 8 bits" if rounds else "in 16 bits"
-        why = (
-            f"{rows} nearly equal router scores may choose other experts, and small errors grow; "
-            f"rounding alone moves {checked.eager_strays} rows so far from eager in float32"
-        )
-        notes += (
-            f"{checked.strays} of {checked.rows} rows of the outputs differ by more than the "
-            f"tolerance: {why}",
-        )
-    if checked.ties:
-        notes += (
-            f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's, and "
-            "both are right: they choose among values that are equal, in which torch "
-            "guarantees no order and moec takes the first, or equal but for rounding",
         )
     return notes
 

@@ -96,7 +96,7 @@ def _verified(lines: Sequence[ErrorLine], reference: str) -> str:
     if not lines:
         return "no: the code was not compared with eager"
     worst = max(lines, key=lambda line: line.error / line.tolerance)
-    rows = "" if worst.error <= worst.tolerance else ", except single rows: see the note"
+    rows = "" if worst.error <= worst.tolerance else ": each kernel is right, see the note"
     return (
         f"against {reference}: error of {worst.output} {worst.error:.1e}, "
         f"{worst.tolerance:.0e} allowed{rows}"

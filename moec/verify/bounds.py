@@ -66,25 +66,27 @@ class Bound:
         a, b, c = a[finite], b[finite], c[finite]
         if len(b) < _LEAST_ROW or not b.any():
             return 0.0, 1.0
-        alike = len(b) / len(torch.unique(b))
-        slopes = [self._slopes(a, b, c, alike)]
+        slopes = [self._slopes(a, b, c)]
         if exact.ndim == 2 and len(exact) >= _LEAST_COLUMN and finite.all():
-            slopes.append(self._slopes(actual.double(), exact.double(), noisy.double(), alike))
-        off, allowed = (torch.cat(parts) for parts in zip(*slopes, strict=True))
+            slopes.append(self._slopes(actual.double(), exact.double(), noisy.double()))
+        off, spread = (torch.cat(parts) for parts in zip(*slopes, strict=True))
+        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 16 * self.codes)
+        allowed = (SIGMAS * spread + least).nan_to_num(1.0)
+        if bool((off.abs() > allowed).any()):
+            alike = len(b) / len(torch.unique(b))
+            allowed = (SIGMAS * spread * math.sqrt(alike) + least).nan_to_num(1.0)
         worst = int((off.abs() / allowed).argmax())
         return float(off[worst]), float(allowed[worst])
 
     def _slopes(
-        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, alike: float
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `slope`, of each column."""
+        """The share of each column, and its standard deviation."""
         squares = b.square().sum(0)
         errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
         errors = errors + (self.codes * b).square().mean(-1, keepdim=True)
         spread = (errors * b.square()).sum(0).sqrt() / squares
-        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 16 * self.codes)
-        off = (a * b).sum(0) / squares - 1
-        return off.nan_to_num(), (SIGMAS * spread * math.sqrt(alike) + least).nan_to_num(1.0)
+        return ((a * b).sum(0) / squares - 1).nan_to_num(), spread
 
 
 def _row_noise(deviation: torch.Tensor) -> torch.Tensor:

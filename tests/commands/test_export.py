@@ -175,8 +175,6 @@ def test_report_of_few_bits(golden: Callable[[str], None]) -> None:
                 forms={"layers.0.moe": "op", "layers.1.moe": "op"},
                 errors={"logits": 3.2e-2},
                 tolerance=3e-2,
-                strays=1,
-                rows=46,
                 parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
                 quant="int4:32",
                 moved=(MovedLine("logits", 0.0312, 2, 40),),

@@ -33,9 +33,8 @@ from moec.ir.interpret.stable_topk import FirstOfEquals
 from moec.ir.sizes.dims import bind_shape, show_bounds
 from moec.ir.sizes.thresholds import violated
 from moec.model.compiled import CompiledModel
-from moec.oracle.rounding import NOISE, NOISE_SEEDS, UNIT, meaning_excess
+from moec.oracle.rounding import FLOAT32_UNIT, NOISE, UNIT, errors_of_rows, rows_beyond
 from moec.oracle.tolerance import TOLERANCES, distance
-from moec.verify.comparison import Comparison, Criterion
 from tests.fuzz.layer import Layer, source
 from tests.fuzz.second_inputs import SECOND_INPUTS, Draw
 
@@ -218,7 +217,7 @@ def compare(
         if difference and dtype not in SHORT:
             noise = torch.finfo(getattr(torch, dtype)).eps
             with FirstOfEquals():
-                noisy = [answer.run(True, noise, seed) for seed in NOISE_SEEDS[0]]
+                noisy = [answer.run(True, noise, seed) for seed in range(8)]
             more = _difference(result, [answer.tied(), *noisy], dtype, yardstick=True)
             difference = difference if more else ""
         wrong += [f"{answer.words}: {difference}"] if difference else []
@@ -246,30 +245,23 @@ def _rounds_more(
         for ours, tensors in zip(results, exact, strict=True)
         for actual, right in zip(ours, tensors, strict=True)
     )
-    return unlike or meaning_excess(results, exact, yardstick) is not None
-
-
-def with_noisy(row: Comparison, results: Sequence[torch.Tensor]) -> Comparison:
-    return dataclasses.replace(row, noisy=(*row.noisy, row.sample(results)))
+    beyond = None if unlike else rows_beyond(results, exact, FLOAT32_UNIT)
+    return unlike or (beyond is not None and beyond.explained_by(yardstick) is not None)
 
 
 def _excess(compared: Sequence[tuple[Answer, Any]], unit: float) -> str:
-    """How results are further from eager in float32 than eager in 16 bits; "" where none is."""
-    criterion = Criterion(0.0, unit, unit * NOISE)
-    rows = []
+    """How rows are further from eager in float32 than eager in 16 bits; "" where none is."""
+    words = ""
     for answer, result in compared:
-        eager, exact = _tensors(answer.eager), _tensors(answer.run(True))
-        for number, (actual, right) in enumerate(zip(_tensors(result), eager, strict=True)):
-            rows.append((answer, Comparison(actual, (right,), number).with_exact(exact)))
-    why = criterion.refusal([row for _, row in rows])
-    if why is None:
-        return ""
-    rows = [(a, row.with_exact(_tensors(a.tied(True)))) for a, row in rows]
-    for seed in NOISE_SEEDS[0]:
-        rows = [
-            (a, with_noisy(row, _tensors(a.run(True, criterion.noise, seed)))) for a, row in rows
-        ]
-    return criterion.refusal([row for _, row in rows]) or ""
+        ours, exact = _tensors(result), _tensors(answer.run(True))
+        eager = errors_of_rows([_tensors(answer.eager)], [exact], False)
+        limits = [max(unit, 3 * float(e.quantile(0.9)) if len(e) else 0.0) for e in eager]
+        beyond = rows_beyond([ours], [exact], limits, False)
+        others = (answer.run(True, unit * NOISE, seed) for seed in range(32))
+        for other in (answer.eager, answer.tied(True), *(others if beyond else ())):
+            beyond = beyond and beyond.explained_by([_tensors(other)])
+        words = words or (str(beyond) if beyond else "")
+    return words
 
 
 def interpreted(

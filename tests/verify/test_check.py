@@ -24,7 +24,6 @@ from moec.runtime.call.executor import Executor
 from moec.verify import cases, first_bad_pass, texts
 from moec.verify.cases import references
 from moec.verify.check import check
-from moec.verify.comparison import Comparison
 from moec.verify.references import exact_eager
 from tests.capture.modules import WIDTH, Function, Moe
 from tests.sources.checkpoint.families import model
@@ -65,7 +64,7 @@ def test_a_wrong_pass_is_named() -> None:
     with pytest.raises(VerificationError) as raised:
         moec.compile(Moe(), (x,))
     words = str(raised.value)
-    assert words.startswith("output differs from eager by ")
+    assert words.startswith("output of the graph in float32 differs from eager by ")
     assert words.endswith("the first pass after which the graph differs is fuse-gate")
 
 
@@ -105,15 +104,10 @@ def off(rows: slice) -> Any:
     return captured, run
 
 
-def test_in_16_bits_a_few_rows_may_have_gone_to_other_experts() -> None:
-    checked = check(*off(slice(30, 31)), ())
-    assert (checked.strays, checked.rows) == (2, 40 + 40 + 1 + 19)
-    assert checked.errors["output"] > checked.tolerance
-
-
-def test_in_16_bits_many_rows_may_not() -> None:
+@pytest.mark.parametrize("rows", [slice(30, 31), slice(0, 9)])
+def test_in_16_bits_no_row_is_excused(rows: slice) -> None:
     with pytest.raises(VerificationError, match="the generated code is wrong"):
-        check(*off(slice(0, 9)), ())
+        check(*off(rows), ())
 
 
 @pytest.mark.usefixtures("broken_gate")
@@ -132,7 +126,7 @@ def test_in_16_bits_a_tie_that_is_broken_as_in_float32_is_right(seed: int) -> No
     x = torch.randn(5, WIDTH, generator=generator).bfloat16()
     checked = moec.compile(Moe(torch.bfloat16), (x,)).checked
     assert checked is not None
-    assert checked.eager_strays + checked.strays in (1, 2)
+    assert checked.errors["output"] <= checked.tolerance < 5e-2
 
 
 def test_cases_have_the_sizes_that_belong_together() -> None:
@@ -222,16 +216,12 @@ class Sparse(nn.Module):
         return x * mask
 
 
-def test_of_equal_values_the_first_are_chosen_and_the_report_says_so() -> None:
+def test_of_equal_values_the_first_are_chosen() -> None:
     model, x = Sparse(), torch.randn(40, 90)
     compiled = moec.compile(model, (x,))
     checked = compiled.checked
     assert checked is not None
-    assert checked.ties > 0
-    assert checked.strays == 0
     assert checked.errors["output"] <= checked.tolerance
-    (note,) = [n for n in compiled.report().notes if "values that are equal" in n]
-    assert note.startswith(f"{checked.ties} of {checked.rows} rows of the outputs differ from")
     first = torch.relu(x - 1.5).sort(descending=True, stable=True).indices[:, :4]
     assert torch.equal(compiled(x) != 0, torch.zeros_like(x).scatter(1, first, 1.0) != 0)
 
@@ -247,10 +237,10 @@ def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.Mo
         raise RuntimeError("cannot reshape tensor of 0 elements")
 
     captured = capture(Sparse(), (torch.randn(4, 9),))
-    monkeypatch.setattr(first_bad_pass, "evaluate", fails)
+    monkeypatch.setattr(first_bad_pass, "all_in_float32", fails)
     steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).pass_results
-    with pytest.raises(VerificationError, match="does not run: cannot reshape tensor of 0"):
-        check(captured, lambda inputs: {"output": inputs["x"] + 1}, steps)
+    words = first_bad_pass.first_bad_pass(1e-4, captured, references(captured)[0], steps)
+    assert "does not run: cannot reshape tensor of 0" in words
 
 
 def test_a_model_that_gives_nan_itself_is_named_first() -> None:
@@ -310,9 +300,8 @@ def test_a_choice_among_sums_that_are_equal_but_for_rounding_is_right() -> None:
         wrong += int((choices != sums_in_two_orders(x)).sum())
         return {name: choices}
 
-    checked = check(captured, run, ())
+    check(captured, run, ())
     assert wrong > 0
-    assert checked.ties > 0
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1.0])
@@ -325,13 +314,6 @@ def test_another_choice_than_the_greatest_is_wrong(gap: float) -> None:
     (name,) = (value.name for value in captured.program.graph.outputs)
     with pytest.raises(VerificationError, match="output differs from eager"):
         check(captured, lambda inputs: {name: 1 - greatest(*inputs.values())}, ())
-
-
-def test_each_integer_may_be_that_of_another_sample() -> None:
-    samples = [[torch.tensor([1, 0, 0])], [torch.tensor([0, 0, 2])]]
-    for actual, right in ([1, 0, 2], True), ([1, 1, 2], False), ([0, 0, 0], True):
-        item = Comparison(torch.tensor(actual), (torch.tensor([0, 0, 0]),), 0)
-        assert item.with_choices(samples).is_within(0.0) == right
 
 
 @pytest.mark.parametrize(("explained", "samples"), [(1, 1), (3, 3)])

@@ -65,14 +65,16 @@ def test_two_percent_in_one_expert_after_the_passes_is_found(compiled: CompiledM
     wrong[1] *= 1.02
     program = replace(last.program, weights={**last.program.weights, name: wrong})
     passes = (*compiled.pass_results[:-1], replace(last, program=program))
-    with pytest.raises(VerificationError, match=r"output of the graph in float32: \d+ of \d+ rows"):
+    with pytest.raises(
+        VerificationError, match=r"output of the graph in float32 .* in \d+ of \d+ rows"
+    ):
         check(compiled.captured, runs(compiled), passes)
 
 
 def test_code_that_is_off_by_four_roundings_is_found(compiled: CompiledModel) -> None:
     spacing = torch.finfo(compiled.captured.example[0].dtype).eps
     check(compiled.captured, runs(compiled), compiled.pass_results)
-    with pytest.raises(VerificationError, match=r"differ from eager in float32 .*code is wrong"):
+    with pytest.raises(VerificationError, match=r"differs from eager by .*code is wrong"):
         check(compiled.captured, runs(compiled, 1 + 4 * spacing), compiled.pass_results)
 
 

@@ -33,16 +33,25 @@ def in_float32(program: Program, *, anywhere: bool = False) -> Callable[[Tensors
 
 
 def all_in_float32(
-    program: Program, cases: Sequence[Tensors], *, folded: bool = False
+    program: Program,
+    cases: Sequence[Tensors],
+    *,
+    folded: bool = False,
+    choices: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> list[Results]:
     """The results of `in_float32` in each case; a weight is read and cast once for all. `folded`:
     what depends on weights alone is computed in the program's own dtypes, as by a pass that folds
-    constants: the rounding of 1 + bias in 16 bits is no error."""
-    return _runner(program, folded=folded)(cases)
+    constants: the rounding of 1 + bias in 16 bits is no error. `choices` takes the
+    place of what the program computes in each case, by the names of its values."""
+    return _runner(program, folded=folded, choices=choices)(cases)
 
 
 def _runner(
-    program: Program, *, folded: bool = False, anywhere: bool = False
+    program: Program,
+    *,
+    folded: bool = False,
+    anywhere: bool = False,
+    choices: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> Callable[[Sequence[Tensors]], list[Results]]:
     """A function that evaluates cases op by op, all of them together. A weight is cast for each op
     that reads it, so that one is in memory in float32 at a time."""
@@ -57,6 +66,8 @@ def _runner(
             sizes: dict[str, int] = {}
             inputs = [wide(tensor) for tensor in case]
             each.append((bind_inputs(graph, inputs, sizes, anywhere=anywhere), sizes))
+        for (values, _), choice in zip(each, choices, strict=False):
+            values |= {v: wide(choice[v.name]) for v in graph.values() if v.name in choice}
         for index, (op, wide_op) in enumerate(zip(source.ops, graph.ops, strict=True)):
             if folded and constant[index] and all(value in narrow for value in op.inputs):
                 results = run_op(op, [narrow[value] for value in op.inputs], {})
