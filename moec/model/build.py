@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moec.arguments import LAYERS, WHOLE
 from moec.capture.language_models import stop_tokens
 from moec.errors import UnsupportedError, UsageError, VerificationError
@@ -28,7 +30,8 @@ from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
 from moec.verify import check as checking
 from moec.verify.chunked import feed_in_chunks
-from moec.verify.code import check_case, check_code, summary
+from moec.verify.code import check_case, check_choices, check_code, summary
+from moec.verify.kernels import ProgramParts
 from moec.verify.recording import Recording
 from moec.verify.references import intended
 from moec.verify.texts import FEW_PIECES, PIECES, check_texts
@@ -168,8 +171,15 @@ def verify_model(
         if package.gpu is None:
             recording = Recording(package, {})
             executor = recording.executor()
+            parts: dict[str, ProgramParts] = {}
+
+            def written() -> dict[str, torch.Tensor]:
+                calls = recording.take()
+                check_choices(compiled.module, calls, parts)
+                return {name: tensor for call in calls for name, tensor in call.results.items()}
+
             kernels = checking.Kernels(
-                recording.take_written,
+                written,
                 lambda case: check_case(package, compiled.module, compiled.captured, case),
             )
         if DECODE in compiled.module and not rounds_to_16_bits(compiled.graph):

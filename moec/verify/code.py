@@ -17,7 +17,7 @@ from moec.runtime.call.caches import token_arrays
 from moec.runtime.call.executor import Executor
 from moec.runtime.package import DECODE, Package, carries
 from moec.runtime.text.texts import Texts
-from moec.verify.kernels import NOTHING, KernelsChecked, check_kernels
+from moec.verify.kernels import NOTHING, KernelsChecked, ProgramParts, check_kernels
 from moec.verify.recording import KernelRecord, Recording
 from moec.verify.texts import feed_pieces
 
@@ -60,6 +60,20 @@ def check_case(package: Package, module: Module, captured: Captured, case: Case)
     _check(module, recording.take())
 
 
+def check_choices(
+    module: Module, calls: Sequence[KernelRecord], parts: dict[str, ProgramParts]
+) -> None:
+    """Compare what kernels chose in these calls, and from what. `parts` of functions are kept for
+    the next time. Raises VerificationError where a choice is wrong."""
+    for call in calls:
+        if call.function not in module:
+            continue
+        if call.function not in parts:
+            parts[call.function] = ProgramParts(module[call.function], frozenset(call.results))
+        if wrong := check_kernels(parts[call.function], [call], only_choices=True).wrong:
+            raise VerificationError(str(wrong))
+
+
 def _run(executor: Executor, names: Sequence[str], case: Case) -> None:
     executor.reset()
     executor(dict(zip(names, case, strict=False)))
@@ -69,7 +83,9 @@ def _check(module: Module, calls: Sequence[KernelRecord]) -> KernelsChecked:
     checked = NOTHING
     for name, of_name in groupby(sorted(calls, key=lambda c: c.function), lambda c: c.function):
         if name in module:
-            checked = checked.joined(check_kernels(module[name], list(of_name)))
+            of_function = list(of_name)
+            parts = ProgramParts(module[name], frozenset(of_function[0].results))
+            checked = checked.joined(check_kernels(parts, of_function))
     if checked.wrong:
         raise VerificationError(str(checked.wrong))
     return checked

@@ -82,14 +82,16 @@ class KernelsChecked:
 NOTHING = KernelsChecked(frozenset(), 0, 0.0, None)
 
 
-def check_kernels(program: Program, calls: Sequence[KernelRecord]) -> KernelsChecked:
+def check_kernels(
+    parts: ProgramParts, calls: Sequence[KernelRecord], *, only_choices: bool = False
+) -> KernelsChecked:
     """Compare what the kernels of one function wrote in these calls with its program: everything in
-    whole ones, in others each kernel in one place."""
-    if not calls:
-        return NOTHING
-    parts = ProgramParts(program, frozenset(calls[0].results))
+    whole ones, in others what chooses and each kernel in one place, or `only_choices`."""
     sizes = [parts.sizes_of(call) for call in calls]
-    compared = [call.complete or _some_values(call, number) for number, call in enumerate(calls)]
+    compared: list[bool | frozenset[str]] = [parts.choosing] * len(calls)
+    if not only_choices:
+        some = [_some_values(call, number) for number, call in enumerate(calls)]
+        compared = [c.complete or s | parts.choosing for c, s in zip(calls, some, strict=True)]
     checked = NOTHING
     for op in parts.ends():
         names = {value.name for value in op.outputs}
@@ -103,16 +105,16 @@ def check_kernels(program: Program, calls: Sequence[KernelRecord]) -> KernelsChe
     return checked
 
 
-def _is_compared(values: bool | set[str], names: set[str]) -> bool:
-    return values is True or (isinstance(values, set) and not values.isdisjoint(names))
+def _is_compared(values: bool | frozenset[str], names: set[str]) -> bool:
+    return values is True or (isinstance(values, frozenset) and not values.isdisjoint(names))
 
 
-def _some_values(call: KernelRecord, number: int) -> set[str]:
+def _some_values(call: KernelRecord, number: int) -> frozenset[str]:
     """What each kernel writes in one of its places, which is another in each call."""
     sites: dict[str, list[str]] = {}
     for value, kernel in call.kernels.items():
         sites.setdefault(kernel, []).append(value)
-    return {values[number % len(values)] for values in sites.values()}
+    return frozenset(values[number % len(values)] for values in sites.values())
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,29 @@ class ProgramParts:
     @cached_property
     def is_low(self) -> bool:
         return not {"bf16", "f16"}.isdisjoint(self.dtypes.values())
+
+    @cached_property
+    def choosing(self) -> frozenset[str]:
+        """The results of ops that make integers, and the scores from which they are chosen. They
+        are compared in every call: of what follows a wrong choice, all may agree with it."""
+        results: set[str] = set()
+        scores: dict[Value, None] = {}
+        for op in self.graph.ops:
+            if all(value.dtype[0] in "fbc" and value.dtype != "bool" for value in op.outputs):
+                continue
+            results |= {value.name for value in op.outputs}
+            if op.name != "moe.gate":  # it has the product of the scores in it
+                scores |= dict.fromkeys(v for v in op.inputs if v.dtype in ROUNDING)
+        queue = [value for value in scores if value.shape]
+        while queue:
+            value = queue.pop()
+            results.add(value.name)
+            producer = self.graph.producers.get(value)
+            for read in producer.inputs if producer is not None else ():
+                if read.shape[-1:] == value.shape[-1:] and read not in scores:
+                    scores[read] = None
+                    queue.append(read)
+        return frozenset(results & self.recorded)
 
     @cached_property
     def ends_of(self) -> Mapping[Value, Value]:

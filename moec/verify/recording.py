@@ -59,10 +59,6 @@ class Recording:
         calls, self.calls = self.calls, []
         return calls
 
-    def take_written(self) -> Tensors:
-        """What kernels wrote since the last time, by the names of values."""
-        return {name: tensor for call in self.take() for name, tensor in call.results.items()}
-
     def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         signature = self.package.functions[name]
         ports = (*signature.inputs, *signature.states, *signature.caches)

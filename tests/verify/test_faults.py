@@ -19,10 +19,14 @@ import transformers
 import moec
 from moec.errors import VerificationError
 from moec.ir.graph import Graph, Op, Program, TensorType, Value
+from moec.model.build import verify_model
+from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.decode import logits_of
+from moec.runtime.device.timed import open_watched
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE
+from moec.verify import recording
 from moec.verify.check import check
 from moec.verify.code import check_code
 from moec.verify.texts import check_texts
@@ -206,3 +210,46 @@ def test_keys_that_are_not_turned_are_found(compiled: CompiledModel) -> None:
     program = compiled.module[DECODE]
     wrong = replace(program, graph=without(program.graph, "nn.rotary"))
     assert "in pieces" in pieces_differ(compiled, wrong)
+
+
+# ---- routers that are wrong at one of the sizes ----------------------------------------
+
+
+def choose_wrong(monkeypatch: pytest.MonkeyPatch, is_wrong: Callable[[int, int], bool]) -> set[int]:
+    """From now on routers choose the next experts where `is_wrong` of the tokens of a call, and of
+    the most tokens that one had before. Returns the tokens of all calls from now on."""
+    seen = set[int]()
+
+    def open_faulty(library: Any, functions: Any, watch: Any) -> Any:
+        def faulty(name: str, kernel: Any, arguments: Any) -> Any:
+            def run(*tensors: Any) -> Any:
+                kernel(*tensors)
+                if name.startswith("gate"):
+                    chosen = torch.from_dlpack(tensors[-1])
+                    if is_wrong(len(chosen), max(seen, default=0)):
+                        chosen.copy_((chosen + 1) % EXPERTS)
+                    seen.add(len(chosen))
+
+            return watch(name, run, arguments)
+
+        return open_watched(library, functions, faulty)
+
+    monkeypatch.setattr(recording, "open_watched", open_faulty)
+    return seen
+
+
+def test_a_router_that_is_wrong_at_one_size_is_found(
+    compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of tokens with which verification calls it, and steps of two texts after 64."""
+    sizes = choose_wrong(monkeypatch, lambda tokens, most: False)
+    verify_model(compiled, None, Clock(str))
+    assert len(sizes) > 5
+    for size in sizes:
+        faulty = choose_wrong(monkeypatch, lambda tokens, most, size=size: tokens == size)
+        with pytest.raises(VerificationError, match=r"computes experts\w* .*wrong|differs from"):
+            verify_model(compiled, None, Clock(str))
+        assert size in faulty
+    choose_wrong(monkeypatch, lambda tokens, most: tokens == 2 and most >= 360)
+    with pytest.raises(VerificationError, match=r"computes experts\w* .*wrong"):
+        verify_model(compiled, None, Clock(str))
