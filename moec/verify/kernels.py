@@ -90,8 +90,10 @@ def check_kernels(
     sizes = [parts.sizes_of(call) for call in calls]
     compared: list[bool | frozenset[str]] = [parts.choosing] * len(calls)
     if not only_choices:
-        some = [_some_values(call, number) for number, call in enumerate(calls)]
-        compared = [c.complete or s | parts.choosing for c, s in zip(calls, some, strict=True)]
+        compared = [
+            call.complete or _some_values(call, number) | parts.choosing
+            for number, call in enumerate(calls)
+        ]
     checked = NOTHING
     for op in parts.ends():
         names = {value.name for value in op.outputs}

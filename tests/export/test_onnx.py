@@ -174,7 +174,7 @@ def test_an_older_file_is_replaced_whole(block: moec.CompiledModel, tmp_path: Pa
 def test_half_precision(tmp_path: Path) -> None:
     torch.manual_seed(0)
     exported = compiled(Block(), dtype=torch.float16).export_onnx(tmp_path / "model.onnx")
-    assert exported.errors["output"] <= exported.tolerance == 1e-2
+    assert exported.errors["output"] <= exported.tolerance < 1e-2
 
 
 def test_bfloat16(tmp_path: Path) -> None:

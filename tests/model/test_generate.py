@@ -295,5 +295,5 @@ def test_wrong_code_for_pieces_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         return right(self, tokens) * 1.3
 
     monkeypatch.setattr(Texts, "feed", wrong)
-    with pytest.raises(VerificationError, match="logits in pieces differs from eager by"):
+    with pytest.raises(VerificationError, match=r"in pieces.*differ"):
         moec.compile(family.build(), (), family.inputs(2, 7))

@@ -218,7 +218,7 @@ def test_keys_that_are_not_turned_are_found(compiled: CompiledModel) -> None:
 def choose_wrong(monkeypatch: pytest.MonkeyPatch, is_wrong: Callable[[int, int], bool]) -> set[int]:
     """From now on routers choose the next experts where `is_wrong` of the tokens of a call, and of
     the most tokens that one had before. Returns the tokens of all calls from now on."""
-    seen = set[int]()
+    counts = set[int]()
 
     def open_faulty(library: Any, functions: Any, watch: Any) -> Any:
         def faulty(name: str, kernel: Any, arguments: Any) -> Any:
@@ -226,16 +226,16 @@ def choose_wrong(monkeypatch: pytest.MonkeyPatch, is_wrong: Callable[[int, int],
                 kernel(*tensors)
                 if name.startswith("gate"):
                     chosen = torch.from_dlpack(tensors[-1])
-                    if is_wrong(len(chosen), max(seen, default=0)):
+                    if is_wrong(len(chosen), max(counts, default=0)):
                         chosen.copy_((chosen + 1) % EXPERTS)
-                    seen.add(len(chosen))
+                    counts.add(len(chosen))
 
             return watch(name, run, arguments)
 
         return open_watched(library, functions, faulty)
 
     monkeypatch.setattr(recording, "open_watched", open_faulty)
-    return seen
+    return counts
 
 
 def test_a_router_that_is_wrong_at_one_size_is_found(
