@@ -14,7 +14,7 @@ run_tests := $(python) -m pytest -n $(JOBS) --dist worksteal --slowest 20
 once_more := [ $$? -eq 1 ] && [ -n "$$CI" ] \
   && $(python) -m pytest --last-failed --last-failed-no-failures none $(TESTS)
 
-.PHONY: demo help chromium openai-js test test-rest test-all test-nightly test-changed times replay lint docs pages format golden clean
+.PHONY: demo help chromium openai-js test test-rest test-all test-nightly test-changed times replay lint docs pages format golden release clean
 
 demo: $(installed)
 	$(python) examples/demo.py
@@ -85,6 +85,10 @@ format: $(installed)
 
 golden: $(installed)
 	$(python) -m pytest --update-golden $(TESTS)
+
+# The wheel and the source distribution, tried in new environments of each Python that is here.
+release: $(installed)
+	$(python) .ci/release.py $(PYTHONS)
 
 # A venv whose Python has gone (an upgrade, a moved clone) is made anew.
 $(installed): pyproject.toml
