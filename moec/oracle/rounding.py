@@ -5,6 +5,7 @@ in another order. There is no count of rows that may be anything: each is right 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,14 +31,14 @@ _TOGETHER = 1 << 20
 
 def row_distances(actual: torch.Tensor, exact: torch.Tensor, by_row: bool = True) -> torch.Tensor:
     """f64[rows]: for each row (all axes but the last) the greatest of its differences, relative to
-    the greatest of the row in `exact`, or of all rows; inf where shapes, NaNs or infinities differ;
-    0 or 1 for integers."""
+    the greatest of the row in `exact`, or of all rows; inf where shapes, NaNs or infinities differ.
+    Each integer is a row, of 0 or 1."""
     if actual.shape != exact.shape:
         return torch.full((1,), math.inf, dtype=torch.float64)
     if not exact.numel():
         return torch.zeros(0, dtype=torch.float64)
     if not exact.is_floating_point():
-        return (actual != exact).reshape(-1, exact.shape[-1] if exact.ndim else 1).any(-1).double()
+        return (actual != exact).reshape(-1).double()
     pairs = [_distances(a, b) for a, b in zip(parts_of(actual), parts_of(exact), strict=True)]
     errors, norms = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
     most = norms.max()
@@ -78,6 +79,15 @@ class RowsBeyond:
         pairs = zip(self.errors, moved, strict=True)
         explained = ((e, (e <= FACTOR * far) & (far.isfinite() | e.isinf())) for e, far in pairs)
         left = replace(self, errors=tuple(torch.where(is_, 0.0, e) for e, is_ in explained))
+        return left if left.number is not None else None
+
+    def agreeing_with(
+        self, results: Sequence[Sequence[torch.Tensor]], sample: Sequence[Sequence[torch.Tensor]]
+    ) -> RowsBeyond | None:
+        """What is left where the same rows may also be those of another right result. None without
+        any."""
+        pairs = zip(self.errors, errors_of_rows(results, sample, self.by_row), strict=True)
+        left = replace(self, errors=tuple(itertools.starmap(torch.minimum, pairs)))
         return left if left.number is not None else None
 
     @property

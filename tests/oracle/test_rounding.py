@@ -51,7 +51,7 @@ def test_what_is_not_finite_must_be_the_same() -> None:
 
 def test_integers_are_equal_or_not() -> None:
     exact = torch.tensor([[1, 2], [3, 4]])
-    assert row_distances(torch.tensor([[1, 2], [3, 5]]), exact).tolist() == [0.0, 1.0]
+    assert row_distances(torch.tensor([[1, 2], [3, 5]]), exact).tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -62,3 +62,16 @@ def test_nan_in_the_last_of_many_rows_is_wrong(number: float) -> None:
     )
     assert beyond is not None
     assert beyond.explained_by([[moved(39, 9.0)]]) is not None
+
+
+def test_a_row_of_float32_is_that_of_another_right_result() -> None:
+    """An error of the same size, which `explained_by` takes for a choice, is not enough."""
+    exact, other = [[torch.tensor([[1.0, 0.0]])]], [[torch.tensor([[0.0, 1.0]])]]
+    wrong = [[torch.tensor([[0.0, -1.0]])]]
+    beyond = rows_beyond(wrong, exact, 1e-4)
+    assert beyond is not None
+    assert beyond.explained_by(other) is None
+    assert beyond.agreeing_with(wrong, other) is not None
+    tied = rows_beyond(other, exact, 1e-4)
+    assert tied is not None
+    assert tied.agreeing_with(other, other) is None
