@@ -15,7 +15,7 @@ from moec.oracle.cases import Case, drawn
 from moec.oracle.draws import Draw
 from moec.runtime.call.caches import token_arrays
 from moec.runtime.call.executor import Executor
-from moec.runtime.package import DECODE, Package, carries
+from moec.runtime.package import DECODE, Package, grows
 from moec.runtime.text.texts import Texts
 from moec.verify.kernels import NOTHING, KernelsChecked, ProgramParts, check_kernels
 from moec.verify.recording import KernelRecord, Recording
@@ -131,10 +131,13 @@ def _grown(graph: Graph, sizes: dict[str, int], tokens: Dim, most: int) -> dict[
 
 
 def _continue_text(executor: Executor, recording: Recording) -> None:
+    ports = executor.package.functions[DECODE].caches
+
     def zero(texts: Texts) -> None:
-        if not carries(executor.package.functions[DECODE]):
-            for array in token_arrays(executor.package.functions[DECODE].caches, texts.caches):
-                array[...] = 0  # what no token was written to is not compared
+        """What no token was written to may be NaN, of which ops make NaN with a weight of 0."""
+        caches = [cache for port, cache in zip(ports, texts.caches, strict=True) if grows(port)]
+        for array in token_arrays(list(filter(grows, ports)), caches):
+            array[...] = 0
 
     for number, _ in enumerate(feed_pieces(executor, prepare=zero)):
         recording.complete = number == 1  # of the next one, which is the longest

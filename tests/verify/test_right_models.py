@@ -8,13 +8,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import moec
 from benchmarks.models.upcycle import Experts, Mlp
+from moec.runtime.call import caches
+from moec.runtime.device.tensors import empty
+from moec.runtime.dtypes import Array
 from tests.models.families import SMALL
+from tests.models.other_families import OTHER_FAMILIES
 from tests.sources.checkpoint.test_gguf import write
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -76,3 +81,19 @@ MODELS |= {f"GGUF {kind}": partial(of_file, kind) for kind in GGUF}
 @pytest.mark.parametrize("name", MODELS)
 def test_a_right_model_is_verified(name: str, tmp_path: Path) -> None:
     assert MODELS[name](tmp_path).checked is not None
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v32"])
+def test_what_was_in_the_memory_of_caches_refuses_none(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots that no token was written to hold what was there before: here NaN."""
+
+    def filled(shape: tuple[int, ...], dtype: object) -> Array:
+        array = empty(shape, dtype)
+        array.view(np.uint8)[...] = 0xFF
+        return array
+
+    monkeypatch.setattr(caches, "empty", filled)
+    family = OTHER_FAMILIES[name]
+    moec.compile(family.build(), (), family.inputs(2, 7))
