@@ -97,7 +97,7 @@ def test_rows_that_fp8_weights_multiply_stay_floats(text: str, dtype: torch.dtyp
     module = OlmoeForCausalLM(config).to(dtype)
     model = moec.compile(module, (torch.randint(96, (2, 9)),), quant=text)
     assert model.checked is not None
-    assert model.checked.tolerance == (1e-4 if dtype is torch.float32 else 2e-2)
+    assert model.checked.tolerance <= (1e-4 if dtype is torch.float32 else 2e-2)
     ops = [op for op in model.pass_results[-1].program.graph.ops if op.name in QUANTISED_OPS]
     kinds = {(op.name, op.attrs["kind"], op.attrs["row_bits"]) for op in ops}
     names = ["grouped.quantised", *(["nn.quantised_linear"] if "linears" in text else [])]
