@@ -41,14 +41,14 @@ def built(folder: Path) -> Path:
     source = folder / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build"))
     make = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
-    made = call(sys.executable, "-c", make, ROOT / "dist", folder=source)
-    assert made.returncode == 0, made.stderr
+    packed = call(sys.executable, "-c", make, ROOT / "dist", folder=source)
+    assert packed.returncode == 0, packed.stderr
     archive = max((ROOT / "dist").glob("moec-*.tar.gz"), key=lambda path: path.stat().st_mtime)
     wheels = []
     for name, origin in (("dist", archive), ("clone", source)):
         to = ROOT / "dist" if name == "dist" else folder / name
-        made = call(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", to, origin)
-        assert made.returncode == 0, made.stderr
+        result = call(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", to, origin)
+        assert result.returncode == 0, result.stderr
         wheels.append(max(to.glob("moec-*.whl"), key=lambda path: path.stat().st_mtime))
     of_archive, of_clone = (set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels)
     if of_archive != of_clone:
@@ -85,8 +85,10 @@ def main(versions: tuple[str, ...]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wheel = built(folder)
-        made = call(sys.executable, "-m", "moec", "compile", CHECKPOINT, "-o", folder / "tiny.moec")
-        assert made.returncode == 0, made.stderr
+        result = call(
+            sys.executable, "-m", "moec", "compile", CHECKPOINT, "-o", folder / "tiny.moec"
+        )
+        assert result.returncode == 0, result.stderr
         for version in versions:
             python = interpreter(version)
             for extra in EXTRAS:

@@ -225,7 +225,8 @@ def _sampling(files: Mapping[str, bytes]) -> Sampling:
     try:
         return configured(_json(files, GENERATION))
     except InputError as error:
-        raise ArtifactError(f"{FOLDER}{GENERATION}: {error}") from error
+        rule = "correct it in the checkpoint, and compile again"
+        raise ArtifactError(f"{FOLDER}{GENERATION}: {error}: {rule}") from error
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -199,6 +199,7 @@ def test_commands_draw_as_the_model_says(
     for words, says, text in (
         (["--seed", "3"], "temperature 1.5, top_k 9, seed 3; --temperature 0", sampled),
         (["--temperature", "0"], "", model.generate("def ", max_new_tokens=9)),
+        (["--beams", "2"], "", model.generate("def ", max_new_tokens=9, num_beams=2)),
     ):
         prompt = ["run", str(tmp_path / "m.moec"), "--prompt", "def ", "--max-new-tokens", "9"]
         result = CliRunner().invoke(front.cli, [*prompt, *words], prog_name="moec")

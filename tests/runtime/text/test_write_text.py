@@ -155,6 +155,9 @@ def test_a_malformed_template_is_noted_when_the_model_is_compiled(
     assert note.endswith(": chats are refused")
     assert text_notes({"tokenizer/chat_template.jinja": b"{{ bos_token }}"}) == ()
     assert text_notes({}) == ()
+    odd = {"tokenizer/generation_config.json": b'{"do_sample": true, "top_p": 1.5}'}
+    (note,) = text_notes(odd)
+    assert "top_p is 1.5; it must be above 0 and at most 1: correct it in the checkpoint" in note
 
 
 def test_a_template_without_end_is_ended() -> None:
