@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,43 +163,29 @@ def test_a_gguf_file_is_written_of_a_folder(factory: str, tmp_path: Path) -> Non
     assert "is no folder with a checkpoint, which a GGUF file is written of" in result.stderr
 
 
+FEW_BITS = Exported(
+    path="model.onnx",
+    ep="cpu",
+    opset=23,
+    nodes=86,
+    moe_nodes=20,
+    bytes=12_345_678,
+    forms={"layers.0.moe": "op", "layers.1.moe": "op"},
+    errors={"logits": 3.2e-2},
+    tolerance=3e-2,
+    parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
+    quant="int4:32",
+    moved=(MovedLine("logits", 0.0312, 2, 40),),
+)
+
+
 def test_report_of_few_bits(golden: Callable[[str], None]) -> None:
-    golden(
-        render(
-            Exported(
-                path="model.onnx",
-                ep="cpu",
-                opset=23,
-                nodes=86,
-                moe_nodes=20,
-                bytes=12_345_678,
-                forms={"layers.0.moe": "op", "layers.1.moe": "op"},
-                errors={"logits": 3.2e-2},
-                tolerance=3e-2,
-                parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
-                quant="int4:32",
-                moved=(MovedLine("logits", 0.0312, 2, 40),),
-            )
-        )
-    )
+    golden(render(FEW_BITS))
 
 
 def test_report(golden: Callable[[str], None]) -> None:
-    golden(
-        render(
-            Exported(
-                path="model.onnx",
-                ep="cuda",
-                opset=23,
-                nodes=300,
-                moe_nodes=100,
-                bytes=12_345_678,
-                forms={"layers.0.moe": "op", "layers.1.moe": "rows"},
-                caches=2,
-                errors={"logits": 3.2e-7},
-                tolerance=1e-4,
-                parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
-                notes=("written for CUDA and checked on the CPU: no CUDA kernel was run",),
-            )
-        )
-    )
+    exact = replace(FEW_BITS, quant="", moved=(), errors={"logits": 3.2e-7}, tolerance=1e-4)
+    forms = {"layers.0.moe": "op", "layers.1.moe": "rows"}
+    note = "written for CUDA and checked on the CPU: no CUDA kernel was run"
+    file = replace(exact, ep="cuda", nodes=300, moe_nodes=100, forms=forms, caches=2, notes=(note,))
+    golden(render(file))

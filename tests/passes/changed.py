@@ -37,6 +37,10 @@ LAYER = """
     <k=2, tokens={B*S}, dtype=f32, weighted=true> @ layers.#
   x#: f32[B*S, 8] = aten.add.Tensor(IN, y#)
 """
+LIMITED = LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, j#)").replace(
+    "  rows#:", "  j#: i64[B*S, 2] = moe.capacity(i#) <num_experts=4, capacity=3>\n  rows#:"
+)
+SCALED = LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, i#, w#)")
 
 
 def graph(layers: int = 2, layer: str = LAYER) -> Graph:

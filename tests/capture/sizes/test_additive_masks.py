@@ -22,32 +22,28 @@ class Attention(nn.Module):
         return self.function(x, bias)
 
 
+def masked(x: Tensor, applies: bool, mask: Callable[[Tensor], Tensor]) -> Tensor:
+    scores = x @ x.transpose(1, 2)
+    if applies:
+        scores = mask(scores)
+    return scores.softmax(-1) @ x
+
+
 def plain(x: Tensor, bias: Tensor) -> Tensor:
-    a = x @ x.transpose(1, 2)
-    if x.shape[1] > 1:
-        a = a + bias[:, None]
-    return a.softmax(-1) @ x
+    return masked(x, x.shape[1] > 1, lambda scores: scores + bias[:, None])
 
 
 def scaled(x: Tensor, bias: Tensor) -> Tensor:
-    a = x @ x.transpose(1, 2)
-    if x.shape[1] > 1:
-        a = a + (bias * 2)[:, None]
-    return a.softmax(-1) @ x
+    return masked(x, x.shape[1] > 1, lambda scores: scores + (bias * 2)[:, None])
 
 
 def of_one_text(x: Tensor, bias: Tensor) -> Tensor:
-    a = x @ x.transpose(1, 2)
-    if x.shape[0] > 1:
-        a = a + bias[:, None]
-    return a.softmax(-1) @ x
+    return masked(x, x.shape[0] > 1, lambda scores: scores + bias[:, None])
 
 
 def filled(x: Tensor, bias: Tensor) -> Tensor:
-    a = x @ x.transpose(1, 2)
-    if x.shape[1] > 1:
-        a = a.masked_fill((bias < -1)[:, None], -torch.inf)
-    return a.softmax(-1) @ x
+    fill = (bias < -1)[:, None]
+    return masked(x, x.shape[1] > 1, lambda scores: scores.masked_fill(fill, -torch.inf))
 
 
 def fused(x: Tensor, bias: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from moec.errors import UsageError
 from moec.ir.text import print_graph
 from moec.passes.approximate.average_experts import AverageExperts, mean
 from moec.passes.approximate.prune_experts import PruneExperts
-from tests.passes.changed import LAYER, change, declined, outputs, program, tokens
+from tests.passes.changed import LAYER, LIMITED, SCALED, change, declined, outputs, program, tokens
 
 TOP_1 = (
     LAYER.replace("k=2, renormalize=true", "k=1")
@@ -102,14 +102,11 @@ def test_usage_weighs_the_mean():
     ("layer", "says"),
     [
         (
-            LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, j#)").replace(
-                "  rows#:",
-                "  j#: i64[B*S, 2] = moe.capacity(i#) <num_experts=4, capacity=3>\n  rows#:",
-            ),
+            LIMITED,
             "drops choices beyond a capacity",
         ),
         (
-            LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, i#, w#)"),
+            SCALED,
             "each of 2 choices scales its own input",
         ),
         (

@@ -22,7 +22,7 @@ from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_activation import FuseActivation
 from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
-from tests.passes.changed import LAYER, change, declined, outputs, program, tokens
+from tests.passes.changed import LAYER, SCALED, change, declined, outputs, program, tokens
 
 TERNARY = CompressExperts()
 LOWERED = (ExpandExperts(), FuseActivation(), FuseDispatch(), FuseDecompress())
@@ -184,7 +184,7 @@ def test_the_last_matrix_mends_what_the_first_ones_lose(monkeypatch):
 
 def test_experts_that_scale_their_input_are_fitted_to_scaled_rows():
     """A weight on the input's side: twice the scale is the same fit, another scale is not."""
-    scaled = LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, i#, w#)").replace(
+    scaled = SCALED.replace(
         "moe.combine(out#, order#, w#)\n    <k=2, tokens={B*S}, dtype=f32, weighted=true>",
         "moe.combine(out#, order#)\n    <k=2, tokens={B*S}, dtype=f32>",
     )

@@ -15,6 +15,7 @@ from moec.ir.text import print_graph
 from moec.passes.approximate.prune_experts import PruneExperts
 from tests.passes.changed import (
     LAYER,
+    LIMITED,
     change,
     declined,
     graph,
@@ -191,14 +192,7 @@ def test_logits_of_another_make_are_picked():
 
 
 def test_a_capacity_and_a_correction_follow():
-    layer = (
-        LAYER.replace("moe.route(logits#)", "moe.route(logits#, layers.#.c)")
-        .replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, j#)")
-        .replace(
-            "  rows#:",
-            "  j#: i64[B*S, 2] = moe.capacity(i#) <num_experts=4, capacity=3>\n  rows#:",
-        )
-    )
+    layer = LIMITED.replace("moe.route(logits#)", "moe.route(logits#, layers.#.c)")
     changed = program(1, layer.replace("layers.#.c", "c#").replace(
         "  logits#:", "  c#: f32[4] = aten.sum.dim_IntList(layers.#.router) <dim=(1)>\n  logits#:"
     ))  # fmt: skip

@@ -15,6 +15,8 @@ from moec.passes.calibration.evaluator import Evaluator, LayerStats
 from moec.passes.core.moe_layer import Layer
 from tests.passes.changed import (
     LAYER,
+    LIMITED,
+    SCALED,
     change,
     declined,
     graph,
@@ -107,14 +109,11 @@ def test_experts_that_nobody_chooses_go_first():
     ("layer", "says"),
     [
         (
-            LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, j#)").replace(
-                "  rows#:",
-                "  j#: i64[B*S, 2] = moe.capacity(i#) <num_experts=4, capacity=3>\n  rows#:",
-            ),
+            LIMITED,
             "drops choices beyond a capacity, which by=error does not model",
         ),
         (
-            LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, i#, w#)"),
+            SCALED,
             "weights scale the inputs of the experts, and by=error needs a weighted sum of outputs",
         ),
         (
