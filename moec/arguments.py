@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moec.capture.source import Source
-from moec.dtypes import MODEL_DTYPES
+from moec.dtypes import MODEL_DTYPES, SHORT_NAMES
 from moec.errors import UsageError
 from moec.passes.approximate.choices.choose_experts import ChooseExperts, passes_of
 from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices
@@ -204,7 +204,7 @@ def cast(source: Source, dtype: Any) -> Source:
     """
     if dtype is None:
         return source
-    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    torch_dtype = DTYPES.get(SHORT_NAMES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if torch_dtype is None or torch_dtype not in DTYPES.values():
         raise UsageError(f"dtype {dtype}: models are {', '.join(DTYPES)}")
     if not isinstance(source.model, torch.nn.Module):

@@ -20,9 +20,10 @@ ALIGNMENT = 64  # bytes: what kernels assume of every address
 
 
 def arguments_of(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
-    """The inputs as TVM tensors, and the module torch if any of them is a torch tensor."""
+    """The inputs as TVM tensors, and the module torch if any of them is a torch tensor, or where it
+    is imported if there are none."""
     torch = sys.modules.get("torch")
-    arguments, kind = [], None
+    arguments, kind = [], None if inputs else torch
     for value in inputs:
         if torch is not None and isinstance(value, torch.Tensor):
             kind = torch

@@ -311,8 +311,27 @@ def test_nothing_is_built_where_passes_stop(tmp_path: Path, model: Moe) -> None:
 
 
 def test_dtype_converts_weights_and_float_inputs() -> None:
-    converted = moec.compile(Moe(), (x,), dtype="bfloat16")
+    converted = moec.compile(Moe(), (x,), dtype="bf16")
     assert converted(x.bfloat16()).dtype is torch.bfloat16
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, count: int, scaled: bool = True) -> torch.Tensor:
+        return self.table[:count] * 2 if scaled else self.table
+
+
+@pytest.mark.parametrize("args", [(3,), (8, False)])
+def test_no_input_is_a_tensor(args: tuple[Any, ...]) -> None:
+    """torch.export was told of shapes that no input has, and results were numpy arrays."""
+    module = Table()
+    model = moec.compile(module, args)
+    assert torch.equal(model(*args), module(*args))
+    with pytest.raises(InputError, match="argument count is"):
+        model(5)
 
 
 def test_a_pt2_without_examples(tmp_path: Path) -> None:

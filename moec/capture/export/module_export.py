@@ -154,9 +154,8 @@ def export_module(
         warnings.simplefilter("ignore", FutureWarning)
         # No call reads what an earlier one left (`moec.capture.earlier_calls`).
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        return torch.export.export(
-            module, general.tensors, dynamic_shapes=(general.wishes,), strict=False
-        )
+        shapes = (general.wishes,) if general.tensors else None  # torch: none for no inputs
+        return torch.export.export(module, general.tensors, dynamic_shapes=shapes, strict=False)
 
 
 def handlers_of(module: torch.nn.Module) -> Iterator[Handler]:
@@ -208,6 +207,6 @@ def from_start(states: States, run: Callable[..., Any], structure: Structure) ->
         with torch.no_grad(), states.from_start():
             results, returned = flatten(run(*tensors), structure.numbers)
             structure.check(returned, ", ".join(str(tuple(tensor.shape)) for tensor in tensors))
-            return tuple(t.clone() for t in results) if states.live else results
+            return tuple(t.clone() if states.live else t.detach() for t in results)
 
     return eager

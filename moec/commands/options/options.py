@@ -9,15 +9,13 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
+from moec.dtypes import MODEL_DTYPES, SHORT_NAMES
 from moec.errors import UsageError
 from moec.files.adapter import read_adapter
 from moec.options import CAPTURES, CHANGES, Option, compile_options
 from moec.spelling import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_SHORT = {name: LONG_NAMES[name] for name in VECTOR_DTYPES} | {"fp32": "float32", "fp16": "float16"}
 
 
 json_option = click.option(
@@ -82,9 +80,9 @@ class DTypeName(click.ParamType[Any]):
     name = "dtype"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        name = _SHORT.get(value, value)
+        name = SHORT_NAMES.get(value, value)
         if name not in MODEL_DTYPES:
-            near = did_you_mean(str(value), (*MODEL_DTYPES, *_SHORT))
+            near = did_you_mean(str(value), (*MODEL_DTYPES, *SHORT_NAMES))
             self.fail(f"{value!r} is not one of {', '.join(MODEL_DTYPES)}{near}")
         return str(name)
 
