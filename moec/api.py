@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from moec.arguments import (
+    QUICK,
     allowed_budget,
     both_targets,
     cast,
@@ -88,14 +89,14 @@ def compile(
 
     Batch and sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. A size
     that the module fixes is an error, unless `allow_fixed` names the input (True: all inputs). The
-    compiled model does not take the inputs that `constants` names. `verify` may be the greatest
-    error allowed, relative to the greatest value of an output. Where weights stay in files, eager
-    reads each of them once, layer by layer, for all inputs of the comparison ("layers"), or
-    evaluates the model for one input after the other ("whole"). `record_routing` adds what
-    `CompiledModel.record_routing` needs; other calls do not change. `backend` is for example
-    one that has a rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as
-    "cpu,cuda:sm_80,sm_90a" generates code for CPUs and GPUs; users with a CPU need no CUDA.
-    `backend` may then be of either kind.
+    compiled model does not take the inputs that `constants` names. `verify` is "off" (or False),
+    "quick", which runs no code, "full" (or True) or the greatest error allowed, relative to the
+    greatest value of an output. Where weights stay in files, eager reads each of them once, layer
+    by layer, for all inputs of the comparison ("layers"), or evaluates the model for one input
+    after the other ("whole"). `record_routing` adds what `CompiledModel.record_routing` needs;
+    other calls do not change. `backend` is for example one that has a rule of your own:
+    `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as "cpu,cuda:sm_80,sm_90a" generates
+    code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either kind.
 
     `quant` stores the weights of experts in few bits: "int8", "int6", "int5", "int4", "int3" or
     "int2", each optionally with a block size (":32", ":64", ":128") and ":asymmetric", "fp8", or
@@ -130,7 +131,8 @@ def _compiled(
     clock = Clock(options.progress or (lambda phase: None))
     builds = options.build and options.stop_after is None
     verified, way = verification(options.verify)
-    runs = builds and verified is not False
+    asks = builds and verified is not False
+    runs = asks and way != QUICK
     targets = choose_targets(options.target, options.backend, builds=builds, runs=runs)
     passes, quant = with_choices(options.choices, options.passes, options.quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
@@ -155,7 +157,7 @@ def _compiled(
         if options.stop_after is None and targets.only_cpus:
             chosen = (*chosen, *keeping(source, stored.checkpoint))
         check_tf32(targets.beside or targets.target, captured.program.weights)
-        if runs:
+        if asks:
             _check_example(source, captured)
         with clock.phase("passes"):
 
@@ -202,7 +204,7 @@ def _compiled(
         built = build_model(compiled, level, clock, targets.backend, options.store)
         if beside is not None:
             built = build_for_gpu(built, beside, level, clock, targets.beside_backend)
-        return verify_model(built, limit, clock, way) if runs else built
+        return verify_model(built, limit, clock, way) if asks else built
 
 
 def _check_example(source: Source, captured: Captured) -> None:

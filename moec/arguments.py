@@ -68,19 +68,20 @@ def changes(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else text("passes", value)
 
 
-LAYERS, WHOLE = "layers", "whole"
-"""Ways to verify where weights stay in files: they are read once for all inputs, or for each."""
+QUICK, FULL, LAYERS, WHOLE = "quick", "full", "layers", "whole"
+"""Ways to verify: graph and weights alone, or all questions; where weights stay in files, they are
+read once for all inputs (LAYERS, as in FULL), or for each."""
 
 
 def verification(verify: Any) -> tuple[bool | float, str]:
-    """Whether to verify, or the greatest error allowed; and the way, by default LAYERS.
+    """Whether to verify, or the greatest error allowed; and the way, by default FULL.
 
     Raises UsageError for anything but "off", a way, True, False and a number that is not negative.
     """
-    if verify in ("off", LAYERS, WHOLE):
+    if verify in ("off", QUICK, FULL, LAYERS, WHOLE):
         return verify != "off", verify
     limit = tolerance(verify)
-    return (bool(verify) if limit is None else limit), LAYERS
+    return (bool(verify) if limit is None else limit), FULL
 
 
 def tolerance(verify: Any) -> float | None:
@@ -92,7 +93,8 @@ def tolerance(verify: Any) -> float | None:
         return None
     if not isinstance(verify, int | float) or not verify >= 0:
         raise UsageError(
-            f"verify is {verify!r}: give True, False or the greatest error allowed, such as 1e-4"
+            f'verify is {verify!r}: give "off", "quick", "full" or the greatest error allowed, '
+            "such as 1e-4"
         )
     return float(verify)
 

@@ -118,9 +118,10 @@ class CompileOptions:
     target: str | CpuTarget = option(
         "cpu", "The machine to compile for; see `moec list targets`.", "--target")
     verify: bool | float | str = option(
-        True, "Greatest relative error allowed against eager PyTorch, or off. Where weights stay "
-        "in files, eager runs layer by layer for all inputs (layers, default) or input by input "
-        "(whole).", "--verify", kind="tolerance", fits=None)
+        True, "How the code is compared with eager PyTorch: off, quick (the graph in float32, the "
+        "weights bit for bit), full (kernels and texts too; default), or the greatest relative "
+        "error allowed. Where weights stay in files, eager runs layer by layer for all inputs "
+        "(layers, default) or input by input (whole).", "--verify", kind="tolerance", fits=None)
     stop_after: str | None = option(
         None, "Print the graph after this pass; generate no code.", "--stop-after", metavar="PASS",
         fits=lambda v: isinstance(v, str), give="the name of a pass", optimize=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -10,36 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec.arguments import LAYERS, WHOLE
+from moec.arguments import FULL, QUICK, WHOLE
 from moec.capture.language_models import stop_tokens
-from moec.errors import UnsupportedError, UsageError, VerificationError
+from moec.errors import UnsupportedError, UsageError
 from moec.ir.graph import Module
 from moec.ir.interpret.threads import threads_for
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
+from moec.model.forms import ModelForm
 from moec.oracle.tolerance import rounds_to_16_bits
 from moec.passes.core.runner import Declined
 from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, MAIN, ROUTE, ROUTED
-from moec.sources.memory.lock_step import one_by_one
+from moec.sources.memory.lock_step import Together, one_by_one
 from moec.target.base import Target
 from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
 from moec.verify import check as checking
-from moec.verify.chunked import feed_in_chunks
-from moec.verify.code import check_case, check_choices, check_code, summary
+from moec.verify.code import check_case, check_choices, check_code, kernels_line
 from moec.verify.kernels import ProgramParts
 from moec.verify.recording import Recording
 from moec.verify.references import intended
-from moec.verify.texts import FEW_PIECES, PIECES, check_texts
+from moec.verify.texts import FEW_PIECES, InterpretedDecoder, check_texts, pieces_of
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
     from moec.runtime.call.executor import Executor
-    from moec.runtime.package import Package
 
 
 def build_model(
@@ -150,71 +149,92 @@ def _not_recognised(declined: Sequence[Declined]) -> str:
 
 
 def verify_model(
-    compiled: CompiledModel, limit: float | None, clock: Clock, way: str = LAYERS
+    compiled: CompiledModel, limit: float | None, clock: Clock, way: str = FULL
 ) -> CompiledModel:
-    """The model with the result of `moec.verify.check`. `way` is LAYERS or WHOLE.
-    Raises VerificationError."""
-    _, executor = compiled.ready()
+    """The model with the result of `moec.verify.check`. `way` is that of `moec.arguments`; QUICK
+    runs no code. Raises VerificationError."""
     paged = compiled.source.memory.paged
     together = one_by_one if way == WHOLE or paged is None else paged.evaluate_together
+    weights = compiled.captured.program.weights.values()
+    with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
+        if way == QUICK:
+            packed = len(compiled.package.arrays) if compiled.package else 0
+            check = partial(checking.check, run=None, tolerance=limit, together=together)
+            checked = _check_forms(compiled, check, packed)
+        else:
+            checked = _check_code(compiled, limit, together)
+        return replace(compiled, checked=replace(checked, cases=()))
+
+
+def _check_forms(
+    compiled: CompiledModel, check: Callable[..., checking.Checked], packed: int
+) -> checking.Checked:
+    """The model and its sides; `packed` weights were compared already."""
+    forms: list[ModelForm | CompiledModel] = [compiled, *compiled.sides]
+    each: list[checking.Checked] = [
+        check(form.captured, pass_results=form.pass_results) for form in forms
+    ]
+    errors = dict(each[0].errors)
+    for name, error in (item for side in each[1:] for item in side.errors.items()):
+        errors[name] = max(errors.get(name, 0.0), error)
+    lines = (line for form in each for line in form.questions)
+    questions = (*lines, f"weights: {packed:,} bit for bit")
+    notes = tuple(note for form in each for note in form.notes)
+    return replace(each[0], errors=errors, notes=notes, questions=questions)
+
+
+def _check_code(
+    compiled: CompiledModel, limit: float | None, together: Together
+) -> checking.Checked:
+    _, executor = compiled.ready()
+    package, kernels = executor.package, None
+    if package.gpu is None:
+        recording = Recording(package, {})
+        executor = recording.executor()
+        parts: dict[str, ProgramParts] = {}
+
+        def written() -> dict[str, torch.Tensor]:
+            calls = recording.take()
+            check_choices(compiled.module, calls, parts)
+            return {name: tensor for call in calls for name, tensor in call.results.items()}
+
+        kernels = checking.Kernels(
+            written, lambda case: check_case(package, compiled.module, compiled.captured, case)
+        )
 
     def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         executor.reset()
-        if executor.package.gpu is None:
+        if package.gpu is None:
             return executor(inputs)
         results = executor({name: value.cuda() for name, value in inputs.items()})
         return {name: value.cpu() for name, value in results.items()}
 
-    weights = compiled.captured.program.weights.values()
-    with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
-        package, kernels, pieces = executor.package, None, None
-        if package.gpu is None:
-            recording = Recording(package, {})
-            executor = recording.executor()
-            parts: dict[str, ProgramParts] = {}
-
-            def written() -> dict[str, torch.Tensor]:
-                calls = recording.take()
-                check_choices(compiled.module, calls, parts)
-                return {name: tensor for call in calls for name, tensor in call.results.items()}
-
-            kernels = checking.Kernels(
-                written,
-                lambda case: check_case(package, compiled.module, compiled.captured, case),
-            )
-        if DECODE in compiled.module and not rounds_to_16_bits(compiled.graph):
-            pieces = (logits_of(compiled.graph).name, partial(feed_in_chunks, executor))
-        check = partial(checking.check, kernels=kernels, together=together)
-        checked = check(compiled.captured, run_afresh, compiled.pass_results, limit, pieces)
-        for form in compiled.sides:
-            beyond = check(form.captured, run_afresh, form.pass_results, limit)
-            checked = replace(checked, errors=_greater(checked.errors, beyond.errors))
-        if ROUTED in compiled.module:
-            by_parts = partial(_by_parts, executor)
-            check(compiled.captured, by_parts, compiled.pass_results, limit)
-        if package.gpu is None:
-            if DECODE in compiled.module and package.generation is not None:
-                checking.say("texts in pieces")
-                _check_texts(compiled, package)
-            checking.say("each kernel")
-            code = check_code(package, compiled.module, compiled.captured, checked.cases)
-            checked = replace(checked, cases=(), kernels=summary(code, len(package.arrays)))
-    return replace(compiled, checked=checked)
+    check = partial(checking.check, tolerance=limit, kernels=kernels, together=together)
+    checked = _check_forms(compiled, partial(check, run=run_afresh), len(package.arrays))
+    if ROUTED in compiled.module:
+        by_parts = partial(_by_parts, executor)
+        check(compiled.captured, run=by_parts, pass_results=compiled.pass_results)
+    lines = checked.questions
+    if kernels is not None:
+        checking.say("each kernel")
+        code = check_code(package, compiled.module, compiled.captured, checked.cases)
+        lines = (*lines, kernels_line(code))
+    if DECODE in compiled.module and package.generation is not None:
+        checking.say("texts in pieces")
+        lines = (*lines, _check_texts(compiled, executor))
+    return replace(checked, questions=lines)
 
 
-def _check_texts(compiled: CompiledModel, package: Package) -> None:
-    """Raises VerificationError where texts in pieces are not what they are at once."""
-    source = intended(compiled.captured, compiled.pass_results)
-    graph = source.program.graph
-    output = [value.name for value in graph.outputs].index(logits_of(compiled.graph).name)
-    pieces = PIECES if compiled.source.memory.paged is None else FEW_PIECES
-    why = check_texts(source, compiled.module[DECODE], package, output, pieces)
-    if why:
-        raise VerificationError(why)
-
-
-def _greater(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}
+def _check_texts(compiled: CompiledModel, executor: Executor) -> str:
+    """`check_texts` of the graph, and in float32 of the code for GPUs, whose kernels are not
+    compared."""
+    source, package = intended(compiled.captured, compiled.pass_results), executor.package
+    output = source.program.graph.outputs.index(logits_of(source.program.graph))
+    weights = sum(weight.numel() for weight in source.program.weights.values())
+    pieces = FEW_PIECES if compiled.source.memory.paged else pieces_of(package, weights)
+    if package.gpu is not None and not rounds_to_16_bits(compiled.graph):
+        check_texts(source, executor, output, pieces)
+    return check_texts(source, InterpretedDecoder(package, compiled.module[DECODE]), output, pieces)
 
 
 def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

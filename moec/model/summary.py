@@ -44,8 +44,8 @@ def report_of(compiled: Compilation) -> Report:
         kernels=dict(Counter(kernel for _, kernel in package.kernels)) if package else {},
         loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
         verification=_errors(checked) if checked else (),
-        verified="off" if checked is None else "layers" if checked.layers else "whole",
-        checked_kernels=checked.kernels if checked else "",
+        verified=_way(checked),
+        checked_kernels="\n".join(checked.questions) if checked else "",
         text=cost_of_text(package) if package else "",
         quantised=compiled.quantised,
         moved=checked.moved if checked else (),
@@ -72,6 +72,12 @@ def cost_of_text(package: Package) -> str:
     state = f", and {size(states)} of state" if states else ""
     guesses = ", which cannot go back: nothing is guessed" if carries(decode) else ""
     return f"the cache takes {size(token - states)} a token{state}{guesses}; texts run side by side"
+
+
+def _way(checked: Checked | None) -> str:
+    if checked is None:
+        return "off"
+    return "quick" if not checked.errors else "layers" if checked.layers else "whole"
 
 
 def _errors(checked: Checked) -> tuple[ErrorLine, ...]:

@@ -62,32 +62,15 @@ def rounds_to_16_bits(graph: Graph) -> bool:
     return not computed_dtypes(graph).isdisjoint(("f16", "bf16"))
 
 
-def row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """For each row (all axes but the last) its greatest difference, relative to the greatest
-    expected value of all rows."""
-    if not expected.numel():
-        return torch.zeros(0, dtype=torch.float64)
-    errors = _finite_errors(actual, expected)
-    if errors is not None:
-        return errors
-    a, b = (t.double().nan_to_num(posinf=0, neginf=0) for t in (actual, expected))
-    return _greatest_of_rows(a - b) / (float(b.abs().max()) or 1.0)
-
-
-def _finite_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor | None:
-    """The errors of rows, [rows] in float64; None where a value or a difference is not finite."""
+def _finite_error(actual: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """The distance; None where a value or a difference is not finite."""
     ours, right = parts_of(actual), parts_of(expected)
     scale = float(torch.stack([part.double().abs().max() for part in right]).max())
     if not math.isfinite(scale):  # the maximum of values with a NaN is NaN
         return None
     pairs = zip(ours, right, strict=True)
-    errors = torch.cat([(a.double() - b.double()).abs().amax(-1) for a, b in pairs])
-    return errors / (scale or 1.0) if math.isfinite(float(errors.max())) else None
-
-
-def _greatest_of_rows(difference: torch.Tensor) -> torch.Tensor:
-    width = difference.shape[-1] if difference.ndim else 1
-    return difference.reshape(-1, width).abs().amax(-1)
+    error = float(torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs]).max())
+    return error / (scale or 1.0) if math.isfinite(error) else None
 
 
 def are_close(actual: torch.Tensor, expected: torch.Tensor, limit: float = FLOAT32_UNIT) -> bool:
@@ -104,9 +87,8 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
-    errors = _finite_errors(actual, expected)
-    if errors is not None:
-        return float(errors.max())
+    if (error := _finite_error(actual, expected)) is not None:
+        return error
     a, b = actual.double(), expected.double()
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):

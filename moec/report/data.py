@@ -120,8 +120,9 @@ class LoopLine:
 @dataclass(frozen=True)
 class ReportData:
     """All facts about a compilation. `bytes_out` is None where no weights were packed. `verified`
-    is how the code was compared with eager: "off", "layers" or "whole"; `checked_kernels` says how
-    its kernels were. `text` says what continuing a text costs; empty for other models."""
+    is how the code was compared with eager: "off", "quick", "layers" or "whole";
+    `checked_kernels` has a line for each question that was asked. `text` says what continuing a
+    text costs; empty for other models."""
 
     model: str
     target: str = ""

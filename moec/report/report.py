@@ -49,8 +49,8 @@ def _facts(report: ReportData) -> Iterator[tuple[str, str]]:
         yield "", f"{rows} have another argmax than unquantised"
     reference = "the quantised graph" if report.quantised else "eager"
     yield "verified", _verified(report.verification, reference)
-    if report.checked_kernels:
-        yield "code", report.checked_kernels
+    for line in report.checked_kernels.splitlines():
+        yield "", line
     if report.text:
         yield "text", report.text
     active = f", {count(report.active_parameters)} active per token" if report.blocks else ""

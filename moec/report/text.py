@@ -93,8 +93,7 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
     if report.verification:
         yield ""
         yield _verification(report.verification, bool(report.quantised))
-        if report.checked_kernels:
-            yield Text(f"code: {report.checked_kernels}")
+    yield from map(Text, report.checked_kernels.splitlines())
     if report.moved:
         yield ""
         yield _quantised_outputs(report.moved)

@@ -65,7 +65,7 @@ class Checked:
     in which the module fails, and one where the module itself gives NaN. `moved` is the distance of
     quantised outputs from the exact ones; `errors` are then relative to the quantised graph. With
     `layers`, all cases were evaluated together, layer by layer. `cases` are the first of them.
-    `kernels` says how the kernels were compared (`moec.verify.code`).
+    `questions` are the lines of the report, one for each question that was asked.
     """
 
     errors: Mapping[str, float]
@@ -74,7 +74,7 @@ class Checked:
     moved: tuple[MovedLine, ...] = ()
     layers: bool = False
     cases: tuple[Case, ...] = ()
-    kernels: str = ""
+    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Checking:
 
 def check(
     captured: Captured,
-    run: Run,
+    run: Run | None,
     pass_results: Sequence[PassResult],
     tolerance: float | None = None,
     pieces: Pieces | None = None,
@@ -108,8 +108,9 @@ def check(
 ) -> Checked:
     """Compare the graph after all passes with eager, both in float32, and `run` with this graph, on
     every case, and `pieces` where a model continues text. Where `kernels` are known the graph makes
-    the choices of the code; elsewhere another right result must explain a row that differs. `empty`
-    is False where `run` takes no inputs without elements. `together` evaluates eager and graphs.
+    the choices of the code; elsewhere another right result must explain a row that differs. Without
+    `run` the graph alone is compared. `empty` is False where `run` takes no inputs
+    without elements. `together` evaluates eager and graphs.
 
     Where passes changed the model on purpose, the graph before the first of them is compared with
     eager, and the last one with the graph after them. Raises VerificationError, naming the first
@@ -134,7 +135,7 @@ def check(
 
 def _check(
     captured: Captured,
-    run: Run,
+    run: Run | None,
     pass_results: Sequence[PassResult],
     tolerance: float | None,
     pieces: Pieces | None,
@@ -162,6 +163,10 @@ def _check(
         changed = list(zip(cases, right, strict=True))
         _check_meaning(source, pass_results[changes[-1] :], changed, limit, together)
         moved = _moved(captured, pass_results, pass_results[changes[0] - 1], before_right, changed)
+    notes = (*skipped, *([nan] if nan else []))
+    questions = (f"graph: right in float32 with {len(cases)} inputs, each row to {limit:.0e}",)
+    if run is None:
+        return Checked({}, limit, notes, moved, questions=questions)
     final = pass_results[-1].program if pass_results else captured.program
     say(f"the code with {len(cases)} inputs")
     checking = _Checking(source, final, cases, right, tolerance, kernels, together)
@@ -172,8 +177,8 @@ def _check(
         if nan := _nan_of_eager(captured.program, filled):
             raise VerificationError(_NOTHING.format(nan)) from None
         raise error
-    notes = (*skipped, *([nan] if nan else []), *checking.notes)
-    return Checked(errors, allowed, notes, moved, cases=tuple(cases[:FEW]))
+    notes += tuple(checking.notes)
+    return Checked(errors, allowed, notes, moved, cases=tuple(cases[:FEW]), questions=questions)
 
 
 _NOTHING = (

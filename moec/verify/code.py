@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+import numpy as np
+import torch
+
 from moec.capture import Captured
 from moec.errors import InputError, VerificationError
 from moec.ir.graph import Graph, Module
@@ -13,13 +16,12 @@ from moec.ir.sizes.thresholds import allows
 from moec.oracle.agree import at_sizes, sizes_of
 from moec.oracle.cases import Case, drawn
 from moec.oracle.draws import Draw
-from moec.runtime.call.caches import token_arrays
 from moec.runtime.call.executor import Executor
-from moec.runtime.package import DECODE, Package, grows
+from moec.runtime.package import DECODE, Package, carries, grows
 from moec.runtime.text.texts import Texts
 from moec.verify.kernels import NOTHING, KernelsChecked, ProgramParts, check_kernels
 from moec.verify.recording import KernelRecord, Recording
-from moec.verify.texts import feed_pieces
+from moec.verify.texts import feed_pieces, pieces_of, stops_of
 
 ROWS = 20
 """The rows that each expert of each layer gets, at least."""
@@ -31,7 +33,7 @@ def check_code(
     package: Package, module: Module, captured: Captured, cases: Sequence[Case]
 ) -> KernelsChecked:
     """Compare what each kernel writes with what its ops mean (`moec.verify.kernels`): for the
-    cases, for an input in which every expert of every layer has `ROWS` rows, and for a text in
+    cases, for an input in which every expert of every layer has `ROWS` rows, and for texts in
     pieces. Raises VerificationError, naming the kernel, where one is wrong."""
     experts = {name: n for program in module for name, n in _choices(module[program].graph).items()}
     recording = Recording(package, experts)
@@ -131,24 +133,32 @@ def _grown(graph: Graph, sizes: dict[str, int], tokens: Dim, most: int) -> dict[
 
 
 def _continue_text(executor: Executor, recording: Recording) -> None:
-    ports = executor.package.functions[DECODE].caches
+    """Two texts in pieces, and steps of one token in caches of random keys and values, as long as
+    the context allows."""
+    decode, generation = executor.package.functions[DECODE], executor.package.generation
+    assert generation is not None
 
-    def zero(texts: Texts) -> None:
+    def fill(texts: Texts, size: float = 0.0) -> None:
         """What no token was written to may be NaN, of which ops make NaN with a weight of 0."""
-        caches = [cache for port, cache in zip(ports, texts.caches, strict=True) if grows(port)]
-        for array in token_arrays(list(filter(grows, ports)), caches):
-            array[...] = 0
+        generator = torch.Generator().manual_seed(0)
+        for port, cache in zip(decode.caches, texts.caches, strict=True):
+            if grows(port):
+                tensor = torch.utils.dlpack.from_dlpack(cache.tensor)
+                tensor.copy_(size * torch.randn(tensor.shape, generator=generator))
 
-    for number, _ in enumerate(feed_pieces(executor, prepare=zero)):
+    for number, _ in enumerate(feed_pieces(executor, pieces_of(executor.package), fill)):
         recording.complete = number == 1  # of the next one, which is the longest
+    for stop in () if carries(decode) else stops_of(generation)[1:]:
+        texts = Texts(executor, 2, stop, np.array([stop - 4, stop - 5]))
+        fill(texts, 1.0)
+        for token in range(4):
+            texts.feed([[token], [token]])
 
 
-def summary(checked: KernelsChecked, weights: int) -> str:
-    """A line for the report; so many packed `weights` were compared (`moec.codegen.package`)."""
+def kernels_line(checked: KernelsChecked) -> str:
     few = checked.least_rows is not None and checked.least_rows < ROWS
     rows = f"; an expert had {checked.least_rows} rows" if few else ""
     return (
-        f"{weights:,} weights bit for bit; {len(checked.kernels)} kernels right on the inputs that "
-        f"they got, in {checked.calls:,} calls: the worst error is {checked.worst:.2f} of its "
-        f"bound{rows}"
+        f"kernels: {len(checked.kernels)} right on the inputs that they got, in {checked.calls:,} "
+        f"calls: the worst error is {checked.worst:.2f} of its bound{rows}"
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
 
 from moec.capture import Captured
-from moec.errors import InputError
+from moec.errors import InputError, VerificationError
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program, State
 from moec.ir.interpret.run_in_float32 import in_float32, wide
@@ -27,32 +28,46 @@ from moec.runtime.package import DECODE, Generation, Package, carries
 from moec.runtime.text.texts import Decoder, Texts
 from moec.verify.references import LIMIT, SAMPLES, exact_eager
 
-PIECES = ((3, 1), (1, 1), (58, 59), *[(1, 1)] * 4)
-"""New tokens of each of two texts: unequal pieces, and steps of one token at the start and around
-64, where attention changes its kernel's blocks."""
-
-
+Pieces: TypeAlias = Sequence[tuple[int, int]]
+"""New tokens of each of two texts, piece by piece."""
+_STEPS = (66, 130, 514)
+"""Up to these lengths tokens come one by one: attention changes its kernel's blocks before them."""
+_MOST_TOKENS = 2048
+"""The end of the context counts as one of them, where it is no further."""
+_WORK = 1 << 33
+"""Weights times tokens that are evaluated for it: more than 66 tokens only in small models."""
 FEW_PIECES = ((64, 65), (1, 1))
 """Where weights are read from files for each piece."""
 
 
-def _within_context(
-    pieces: Sequence[tuple[int, int]], package: Package
-) -> Iterator[tuple[int, int]]:
-    """Pieces as far as the context reaches; equal ones for recurrent states."""
+def stops_of(generation: Generation) -> list[int]:
+    """The lengths of texts up to which tokens come one by one, from three before."""
+    longest = generation.longest or _MOST_TOKENS
+    ends = () if generation.longest is None else (longest,)
+    return sorted(stop for stop in {*_STEPS, *ends} if stop <= min(longest, _MOST_TOKENS))
+
+
+def pieces_of(package: Package, weights: int | None = None) -> Pieces:
+    """Unequal pieces, and steps of one token at the start and up to each of `stops_of`, as far as
+    the work for so many weights allows, by default the first; equal ones for recurrent states."""
     decode = package.functions[DECODE]
-    _, longest = decode.sizes.get(str(decode.inputs[0].shape[1]), (0, None))
-    total = 0
-    for piece in pieces:
-        total += max(piece)
-        if longest is not None and total > longest:
-            return
-        yield (max(piece), max(piece)) if carries(decode) else piece
+    assert package.generation is not None
+    most, stops = _WORK // weights if weights else 0, stops_of(package.generation)
+    lengths = [(3, 1), (4, 2)]
+    for stop in (stop for stop in stops if stop < most or stop == stops[0]):
+        lengths += [(n, n - 1) for n in range(stop - 3, stop + 1) if n > lengths[-1][0]]
+    pairs = [(a, a if carries(decode) else b) for a, b in lengths if a <= stops[-1]]
+    return [(c - a, d - b) for (a, b), (c, d) in pairwise([(0, 0), *pairs])]
+
+
+def _tokens(pieces: Pieces) -> int:
+    """Those of the longer text."""
+    return max(map(sum, zip(*pieces, strict=True)), default=0)
 
 
 def feed_pieces(
     decoder: Decoder,
-    pieces: Sequence[tuple[int, int]] = PIECES,
+    pieces: Pieces,
     prepare: Callable[[Texts], None] = lambda texts: None,
     tokens: Array | None = None,
 ) -> Iterator[tuple[torch.Tensor, list[int], Array]]:
@@ -60,8 +75,7 @@ def feed_pieces(
     for each piece the texts' lengths and logits [2, V] after it. `prepare` is called first."""
     package = decoder.package
     assert package.generation is not None
-    pieces = list(_within_context(pieces, package))
-    room = sum(max(piece) for piece in pieces)
+    room = _tokens(pieces)
     of = package.generation.vocabulary if tokens is None or not len(tokens) else tokens
     ids = np.random.default_rng(0).choice(of, (2, max(room, 1)))
     texts, lengths = Texts(decoder, 2, max(room, 1)), [0, 0]
@@ -114,25 +128,17 @@ class InterpretedDecoder:
         return scores
 
 
-def check_texts(
-    captured: Captured,
-    program: Program,
-    package: Package,
-    output: int,
-    pieces: Sequence[tuple[int, int]] = PIECES,
-) -> str:
+def check_texts(captured: Captured, decoder: Decoder, output: int, pieces: Pieces) -> str:
     """Compare the texts in pieces with the module in float32, whose logits are its `output`: a
-    sentence where they differ, or ""."""
-    decoder, generation = InterpretedDecoder(package, program), package.generation
+    line for the report. Raises VerificationError where they differ."""
+    generation = decoder.package.generation
     assert isinstance(generation, Generation)
     try:
         tokens = nonzero_rows(captured.program, captured.program.graph.inputs[0]).numpy()
         tokens = tokens[tokens < generation.vocabulary]
         fed = list(feed_pieces(decoder, pieces, tokens=tokens))
     except InputError as error:
-        return f"texts in pieces are refused: {error}"
-    if not fed:
-        return ""
+        raise VerificationError(f"texts in pieces are refused: {error}") from None
     ids = fed[-1][0]
     exact = exact_eager(captured)(ids)[output]
     ours = torch.cat([torch.from_numpy(logits) for _, _, logits in fed])
@@ -144,10 +150,11 @@ def check_texts(
         moved = exact_eager(captured, FLOAT32_NOISE, seed)(ids)[output]
         beyond = beyond.explained_by([[torch.stack([moved[at] for at in positions])]])
     if beyond is None:
-        return ""
+        words = f"{len(pieces)} pieces of two texts give what the module gives at once"
+        return f"texts: {words}, to token {_tokens(pieces):,}"
     errors = beyond.errors[0]
     row, last = positions[int(errors.argmax())]
-    return (
+    raise VerificationError(
         f"in pieces, the logits after {last + 1} tokens of text {row} differ by "
         f"{float(errors.max()):.1e} of their greatest from the module's in float32, as do "
         f"{int((errors > LIMIT).sum())} of {len(positions)} rows: the graph of decode is wrong, or "

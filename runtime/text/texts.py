@@ -56,14 +56,14 @@ class Decoder(Protocol):
 
 
 class Texts:
-    """Some texts of at most `room` tokens each."""
+    """Some texts of at most `room` tokens each, of which new caches hold `first`."""
 
-    def __init__(self, executor: Decoder, texts: int, room: int) -> None:
+    def __init__(self, executor: Decoder, texts: int, room: int, first: int | Array = 0) -> None:
         decode, generation = executor.package.functions[DECODE], executor.package.generation
         assert generation is not None
         self._executor, self._room = executor, room
         self._vocabulary, self._carries = generation.vocabulary, carries(decode)
-        self._first = np.zeros(texts, np.int64)
+        self._first = np.zeros(texts, np.int64) + first
         self._requests = executor.number_requests(texts)
         self._caches = executor.new_caches(texts, room)
 

@@ -283,9 +283,9 @@ def test_experts_that_cannot_be_compiled_say_why_they_were_not_recognised() -> N
         ({"stop_after": 5}, UsageError, "stop_after is 5: give the name of a pass"),
         ({"dtype": "int8"}, UsageError, "dtype int8: models are float32, bfloat16, float16"),
         ({"dtype": torch.int64}, UsageError, "dtype torch.int64: models are float32, bfloat16"),
-        ({"verify": "yes"}, UsageError, "verify is 'yes': give True, False or the greatest error"),
-        ({"verify": -1.0}, UsageError, "verify is -1.0: give True, False or the greatest error"),
-        ({"verify": float("nan")}, UsageError, "verify is nan: give True, False or the greatest"),
+        ({"verify": "yes"}, UsageError, 'verify is \'yes\': give "off", "quick", "full" or the'),
+        ({"verify": -1.0}, UsageError, 'verify is -1.0: give "off", "quick", "full" or the'),
+        ({"verify": float("nan")}, UsageError, 'verify is nan: give "off", "quick", "full" or'),
         ({"dynamic_shapes": {"q": None}}, CaptureError, "dynamic_shapes names q, but the argum"),
     ],
 )

@@ -60,10 +60,12 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
     }.items()  # fmt: skip
 
 
-@pytest.mark.parametrize(("word", "value"), [("off", False), ("on", True)])
-def test_verify(compiler: FakeCompiler, tmp_path: Path, word: str, value: bool) -> None:
+@pytest.mark.parametrize(
+    ("word", "value"), [("off", False), ("on", True), ("quick", "quick"), ("full", "full")]
+)
+def test_verify(compiler: FakeCompiler, tmp_path: Path, word: str, value: bool | str) -> None:
     run("-o", tmp_path / "out.moec", "--verify", word)
-    assert compiler.request["verify"] is value
+    assert compiler.request["verify"] == value
 
 
 def test_json_is_one_document(compiler: FakeCompiler, tmp_path: Path) -> None:

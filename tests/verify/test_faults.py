@@ -29,7 +29,7 @@ from moec.runtime.package import DECODE
 from moec.verify import recording
 from moec.verify.check import check
 from moec.verify.code import check_code
-from moec.verify.texts import check_texts
+from moec.verify.texts import InterpretedDecoder, check_texts, pieces_of
 from tests.models.families import FAMILIES
 
 EXPERTS = 64
@@ -53,7 +53,9 @@ def compiled(request: pytest.FixtureRequest) -> CompiledModel:
         head_dim=16,
     )
     model = transformers.Qwen3MoeForCausalLM(config).to(request.param).eval()
-    return moec.compile(model, (torch.randint(0, 160, (2, 9)),), verify=False)
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim("S", max=600)},)
+    tokens = (torch.randint(0, 160, (2, 9)),)
+    return moec.compile(model, tokens, dynamic_shapes=sizes, verify=False)
 
 
 def as_floats(array: Array) -> Array:
@@ -148,10 +150,12 @@ def test_nan_in_the_last_token_of_each_text_is_found(compiled: CompiledModel) ->
 # ---- texts in pieces -------------------------------------------------------------------
 
 
-def pieces_differ(compiled: CompiledModel, program: Program) -> str:
+def compare_pieces(compiled: CompiledModel, program: Program) -> str:
     names = [value.name for value in compiled.captured.program.graph.outputs]
     output = names.index(logits_of(compiled.graph).name)
-    return check_texts(compiled.captured, program, compiled.ready()[0], output)
+    package, _ = compiled.ready()
+    decoder = InterpretedDecoder(package, program)
+    return check_texts(compiled.captured, decoder, output, pieces_of(package, weights=1))
 
 
 def shifted(program: Program, reader: str, above: int) -> Program:
@@ -178,7 +182,7 @@ def shifted(program: Program, reader: str, above: int) -> Program:
 
 
 def test_texts_in_pieces_are_right(compiled: CompiledModel) -> None:
-    assert not pieces_differ(compiled, compiled.module[DECODE])
+    assert "to token 600" in compare_pieces(compiled, compiled.module[DECODE])
 
 
 def test_texts_hold_no_padding() -> None:
@@ -187,15 +191,17 @@ def test_texts_hold_no_padding() -> None:
     fields = {**family.fields, "num_hidden_layers": 2, "initializer_range": 0.08}
     model = replace(family, fields=fields).build(torch.float32)
     padded = moec.compile(model, kwargs=family.inputs(2, 7), verify=False)
-    assert not pieces_differ(padded, padded.module[DECODE])
+    assert compare_pieces(padded, padded.module[DECODE])
 
 
+@pytest.mark.parametrize("above", [64, 128, 512, 598])
 @pytest.mark.parametrize("reader", ["nn.append", "aten."])
-def test_a_cache_or_a_position_one_too_low_beyond_64_tokens_is_found(
-    compiled: CompiledModel, reader: str
+def test_a_cache_or_a_position_one_too_low_beyond_some_tokens_is_found(
+    compiled: CompiledModel, reader: str, above: int
 ) -> None:
-    program = shifted(compiled.module[DECODE], reader, 64)
-    assert "in pieces, the logits after 6" in pieces_differ(compiled, program)
+    program = shifted(compiled.module[DECODE], reader, above)
+    with pytest.raises(VerificationError, match="in pieces, the logits after"):
+        compare_pieces(compiled, program)
 
 
 def without(graph: Graph, name: str) -> Graph:
@@ -209,10 +215,43 @@ def without(graph: Graph, name: str) -> Graph:
 def test_keys_that_are_not_turned_are_found(compiled: CompiledModel) -> None:
     program = compiled.module[DECODE]
     wrong = replace(program, graph=without(program.graph, "nn.rotary"))
-    assert "in pieces" in pieces_differ(compiled, wrong)
+    with pytest.raises(VerificationError, match="in pieces"):
+        compare_pieces(compiled, wrong)
 
 
-# ---- routers that are wrong at one of the sizes ----------------------------------------
+# ---- kernels that are wrong at one of the sizes ----------------------------------------
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any], object]) -> None:
+    """From now on `change` gets the tensors of each call of such kernels after it."""
+
+    def open_faulty(library: Any, functions: Any, watch: Any) -> Any:
+        def faulty(kernel_name: str, kernel: Any, arguments: Any) -> Any:
+            def run(*tensors: Any) -> Any:
+                kernel(*tensors)
+                if kernel_name.startswith(name):
+                    change([torch.from_dlpack(tensor) for tensor in tensors])
+
+            return watch(kernel_name, run, arguments)
+
+        return open_watched(library, functions, faulty)
+
+    monkeypatch.setattr(recording, "open_watched", open_faulty)
+
+
+@pytest.mark.parametrize("position", [64, 127, 511, 599])
+def test_attention_that_is_wrong_at_one_position_is_found(
+    compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
+    def change(tensors: Any) -> None:
+        *_, first, out = tensors
+        if out.shape[1] == 1:  # a step, and not `main`
+            out[first == position] *= 1.02
+
+    plant(monkeypatch, "attention", change)
+    package, _ = compiled.ready()
+    with pytest.raises(VerificationError, match=r"kernel attention.* wrong"):
+        check_code(package, compiled.module, compiled.captured, [compiled.captured.example])
 
 
 def choose_wrong(monkeypatch: pytest.MonkeyPatch, is_wrong: Callable[[int, int], bool]) -> set[int]:
@@ -220,21 +259,13 @@ def choose_wrong(monkeypatch: pytest.MonkeyPatch, is_wrong: Callable[[int, int],
     the most tokens that one had before. Returns the tokens of all calls from now on."""
     counts = set[int]()
 
-    def open_faulty(library: Any, functions: Any, watch: Any) -> Any:
-        def faulty(name: str, kernel: Any, arguments: Any) -> Any:
-            def run(*tensors: Any) -> Any:
-                kernel(*tensors)
-                if name.startswith("gate"):
-                    chosen = torch.from_dlpack(tensors[-1])
-                    if is_wrong(len(chosen), max(counts, default=0)):
-                        chosen.copy_((chosen + 1) % EXPERTS)
-                    counts.add(len(chosen))
+    def change(tensors: Any) -> None:
+        chosen = tensors[-1]
+        if is_wrong(len(chosen), max(counts, default=0)):
+            chosen.copy_((chosen + 1) % EXPERTS)
+        counts.add(len(chosen))
 
-            return watch(name, run, arguments)
-
-        return open_watched(library, functions, faulty)
-
-    monkeypatch.setattr(recording, "open_watched", open_faulty)
+    plant(monkeypatch, "gate", change)
     return counts
 
 

@@ -126,7 +126,7 @@ def _click_option(name: str, option: Option) -> Callable[[F], F]:
 _KINDS: dict[str, click.ParamType[Any]] = {
     "levels": click.IntRange(0, 2),
     "dtype": DTypeName(),
-    "tolerance": Tolerance("layers", "whole"),
+    "tolerance": Tolerance("quick", "full", "layers", "whole"),
     "path": click.Path(path_type=Path),
 }
 model_options = api_options(CAPTURES)
