@@ -222,50 +222,39 @@ class ModelFamily:
     what: str
 
 
-FAMILIES = (
-    ModelFamily("mixtral", "MixtralForCausalLM", "softmax of the chosen logits"),
-    ModelFamily("qwen2_moe", "Qwen2MoeForCausalLM", "a shared expert with a sigmoid gate"),
-    ModelFamily("qwen3_moe", "Qwen3MoeForCausalLM", "renormalised softmax"),
-    ModelFamily("olmoe", "OlmoeForCausalLM", "softmax before top-k"),
-    ModelFamily("deepseek_v2", "DeepseekV2ForCausalLM", "groups of experts, shared experts, MLA"),
-    ModelFamily(
-        "deepseek_v3", "DeepseekV3ForCausalLM", "sigmoid with correction bias, groups, MLA"
-    ),
-    ModelFamily(
-        "gpt_oss", "GptOssForCausalLM", "interleaved gate and up with clamp, biases, sinks"
-    ),
-    ModelFamily("granitemoe", "GraniteMoeForCausalLM", "softmax after top-k"),
-    ModelFamily("phimoe", "PhimoeForCausalLM", "sparsemixer"),
-    ModelFamily(
-        "switch_transformers",
-        "SwitchTransformersForConditionalGeneration",
-        "top-1 with capacity, encoder and decoder",
-    ),
-    ModelFamily("jetmoe", "JetMoeForCausalLM", "attention made of experts too"),
-    ModelFamily("llama4_text", "Llama4ForCausalLM", "sigmoid top-1, weights on the input side"),
-    ModelFamily("glm4_moe", "Glm4MoeForCausalLM", "sigmoid with correction bias, groups"),
-    ModelFamily("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "sigmoid with correction bias, MLA"),
-    ModelFamily("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "softmax with correction bias"),
-    ModelFamily("minimax_m2", "MiniMaxM2ForCausalLM", "sigmoid with correction bias"),
-    ModelFamily(
-        "granitemoeshared", "GraniteMoeSharedForCausalLM", "a shared expert without a gate"
-    ),
-    ModelFamily("gemma4_text", "Gemma4ForCausalLM", "a factor per expert, next to a dense MLP"),
-    ModelFamily("lfm2_moe", "Lfm2MoeForCausalLM", "short convolutions between the blocks"),
-    ModelFamily("mimo_v2_flash", "MiMoV2FlashForCausalLM", "sliding windows with sinks"),
-    ModelFamily("cohere2_moe", "Cohere2MoeForCausalLM", "attention and experts side by side"),
-    ModelFamily("aria_text", "AriaTextForCausalLM", "transposed weights"),
-    ModelFamily(
-        "qwen3_next", "Qwen3NextForCausalLM", "gated delta rule, a shared expert with a gate"
-    ),
-    ModelFamily("kimi_linear", "KimiLinearForCausalLM", "delta rule with a decay per channel, MLA"),
-    ModelFamily("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba 2, a shared expert"),
-    ModelFamily("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
-    ModelFamily("deepseek_v32", "DeepseekV32ForCausalLM", "as deepseek_v3, with sparse attention"),
-    ModelFamily("minimax", "MiniMaxForCausalLM", "lightning attention, renormalised softmax"),
-    ModelFamily("longcat_flash", "LongcatFlashForCausalLM", "experts that copy their rows"),
-    ModelFamily("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
-)
+_FAMILIES = """
+mixtral MixtralForCausalLM softmax of the chosen logits
+qwen2_moe Qwen2MoeForCausalLM a shared expert with a sigmoid gate
+qwen3_moe Qwen3MoeForCausalLM renormalised softmax
+olmoe OlmoeForCausalLM softmax before top-k
+deepseek_v2 DeepseekV2ForCausalLM groups of experts, shared experts, MLA
+deepseek_v3 DeepseekV3ForCausalLM sigmoid with correction bias, groups, MLA
+gpt_oss GptOssForCausalLM interleaved gate and up with clamp, biases, sinks
+granitemoe GraniteMoeForCausalLM softmax after top-k
+phimoe PhimoeForCausalLM sparsemixer
+switch_transformers SwitchTransformersForConditionalGeneration top-1, capacity, encoder and decoder
+jetmoe JetMoeForCausalLM attention made of experts too
+llama4_text Llama4ForCausalLM sigmoid top-1, weights on the input side
+glm4_moe Glm4MoeForCausalLM sigmoid with correction bias, groups
+glm4_moe_lite Glm4MoeLiteForCausalLM sigmoid with correction bias, MLA
+ernie4_5_moe Ernie4_5_MoeForCausalLM softmax with correction bias
+minimax_m2 MiniMaxM2ForCausalLM sigmoid with correction bias
+granitemoeshared GraniteMoeSharedForCausalLM a shared expert without a gate
+gemma4_text Gemma4ForCausalLM a factor per expert, next to a dense MLP
+lfm2_moe Lfm2MoeForCausalLM short convolutions between the blocks
+mimo_v2_flash MiMoV2FlashForCausalLM sliding windows with sinks
+cohere2_moe Cohere2MoeForCausalLM attention and experts side by side
+aria_text AriaTextForCausalLM transposed weights
+qwen3_next Qwen3NextForCausalLM gated delta rule, a shared expert with a gate
+kimi_linear KimiLinearForCausalLM delta rule with a decay per channel, MLA
+granitemoehybrid GraniteMoeHybridForCausalLM Mamba 2, a shared expert
+nemotron_h NemotronHForCausalLM Mamba 2, experts without a gate
+deepseek_v32 DeepseekV32ForCausalLM as deepseek_v3, with sparse attention
+minimax MiniMaxForCausalLM lightning attention, renormalised softmax
+longcat_flash LongcatFlashForCausalLM experts that copy their rows
+jamba JambaForCausalLM Mamba, softmax before top-k
+"""
+FAMILIES = tuple(ModelFamily(*line.split(" ", 2)) for line in _FAMILIES.strip().splitlines())
 
 FORMS = {
     "hf experts op": "experts that transformers decorates with use_experts_implementation",

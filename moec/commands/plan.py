@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from moec.plan.plan import Plan
     from moec.plan.search.planner import Planner
 
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.plan.plan import LayerPlan, Plan
+from moec.plan.search.planner import Planner
+from moec.plan.simulation.simulate import Ids, Traffic, drawn, of_trace, sample, traffic
+
 OF_MEMORY = ("model", "memory", "trace", "as_json")
 OUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -328,9 +338,9 @@ def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
 def draw(plan: Plan, planner: Planner, path: Path) -> None:
     """Draw the predicted load of every rank of an expert group, and the load of every link, one row
     per layer."""
+    from moec.commands.plan import link_loads
     from moec.plan.placement.placement import rank_loads
     from moec.plan.report.heat_map import Table, save_heat_map
-    from moec.plan.report.links import link_loads
 
     layers = [layer for layer in plan.layers if layer.experts]
     loads = [rank_loads(planner.loads[layer.layer], layer.slots) for layer in layers]
@@ -346,3 +356,36 @@ def draw(plan: Plan, planner: Planner, path: Path) -> None:
 def export(table: NDArray[np.int64], path: Path) -> None:
     """Write the map [L, P] that vLLM and SGLang read."""
     path.write_text(json.dumps({"physical_to_logical_map": table.tolist()}) + "\n")
+
+
+DRAWN = 16_384
+"""Tokens that are drawn where there is no trace."""
+
+
+def link_loads(plan: Plan, planner: Planner) -> list[NDArray[np.float64]]:
+    """The rows on the busier direction of each link, by MoE layer: [nodes], or [devices] where all
+    devices are on one node. Rows are those of the trace, or else drawn by the loads."""
+    layers = [layer for layer in plan.layers if layer.experts]
+    return [
+        _loads(traffic(ids, layer, plan.devices, plan.node_size), plan)
+        for layer, ids in zip(layers, _choices(layers, planner), strict=True)
+    ]
+
+
+def _choices(layers: Iterable[LayerPlan], planner: Planner) -> Iterable[Ids]:
+    if planner.trace is not None:
+        return of_trace(sample(planner.trace))
+    numbers = [layer.layer for layer in layers]
+    loads = [planner.loads[number] for number in numbers]
+    return drawn(loads, [planner.cost.layers[number].k for number in numbers], DRAWN)
+
+
+def _loads(counts: Traffic, plan: Plan) -> NDArray[np.float64]:
+    nodes = plan.devices // plan.node_size
+    if nodes == 1:
+        sent, received = counts.sent_inside, counts.got_inside
+    else:
+        ways = (counts.sent_across, counts.got_across)
+        sent, received = (way.reshape(nodes, -1).sum(1) for way in ways)
+    loads: NDArray[np.float64] = np.maximum(sent, received).astype(float)
+    return loads

@@ -39,6 +39,7 @@ _MOVES = THROUGH | {
         *("split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int", "t.default"),
         *("transpose.int", "unfold.default", "diagonal.default", "tile.default"),
         *("index_select.default", "gather.default", "index.Tensor", "take_along_dim.default"),
+        "embedding.default",
     )
 }
 """Ops whose output holds elements of their first input."""

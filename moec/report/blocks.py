@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from moec.dtypes import INDEX_DTYPES
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.index_uses import REQUIRE
 from moec.ir.opdef import integer
@@ -193,7 +194,20 @@ def _router(graph: Graph, dispatch: Op) -> str:
     if len(dispatch.inputs) > 2:
         after.append("weights on the input")
     standard = op is not None and op.name in _ROUTERS
-    return ", ".join([phrase(cast(Op, op)) if standard else "custom", *after])
+    return ", ".join([phrase(cast(Op, op)) if standard else _hash(graph, ids), *after])
+
+
+def _hash(graph: Graph, ids: Value) -> str:
+    """ "hash of input_ids", where experts are computed from inputs of whole numbers alone."""
+    waiting, reached = [ids], {ids}
+    while waiting:
+        op = graph.producers.get(waiting.pop())
+        sources = {*(op.inputs if op is not None else ())} - reached
+        waiting += sources
+        reached |= sources
+    names = [value.name for value in graph.inputs if value in reached]
+    numbers = all(value.dtype in INDEX_DTYPES for value in reached)
+    return f"hash of {' and '.join(names)}" if names and numbers else "custom"
 
 
 def _gates(graph: Graph, dispatch: Op) -> str:

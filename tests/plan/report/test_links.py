@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
+from moec.commands.plan import link_loads
 from moec.plan.placement.placement import place
 from moec.plan.plan import LayerPlan
-from moec.plan.report.links import link_loads
 from tests.plan.search.test_reach import halves, planner
 
 

@@ -13,74 +13,55 @@ from moec.ir.text import parse
 from moec.target.cuda import TARGETS
 
 _SORT = "order: i32[2*T], slots: i32[T, 2], ends: i32[3] = moe.sort(i) <num_experts=3>"
+
+
+def _linear(dtype: str, width: int, params: str, more: str = "") -> str:
+    return f"""graph main(x: {dtype}[T, {width}]; {params}) {{
+      y: {dtype}[T, 4] = aten.linear.default(x, w{more})
+      return y
+    }}"""
+
+
+def _grouped(inputs: str, operands: str = "order", attrs: str = "") -> str:
+    return f"""graph main(x: bf16[T, 8], i: i64[T, 2]{inputs}) {{
+      {_SORT}
+      y: bf16[2*T, 4] = grouped.linear(x, ends, w, {operands}) <matrices=1, {attrs}gather=2>
+      return y
+    }}"""
+
+
 REFUSED = {
-    "float64": (
-        """graph main(x: f64[T, 8]; w: f64[4, 8]) {
-          y: f64[T, 4] = aten.linear.default(x, w)
-          return y
-        }""",
-        "linear: it computes in f64",
-    ),
+    "float64": (_linear("f64", 8, "w: f64[4, 8]"), "linear: it computes in f64"),
     "float32 rows that are not a multiple of 16 bytes": (
-        """graph main(x: f32[T, 6]; w: f32[4, 6]) {
-          y: f32[T, 4] = aten.linear.default(x, w)
-          return y
-        }""",
+        _linear("f32", 6, "w: f32[4, 6]"),
         "linear: its rows of 6 elements are not a multiple of 16 bytes",
     ),
     "a bias of another dtype": (
-        """graph main(x: bf16[T, 8]; w: bf16[4, 8], b: f32[4]) {
-          y: bf16[T, 4] = aten.linear.default(x, w, b)
-          return y
-        }""",
+        _linear("bf16", 8, "w: bf16[4, 8], b: f32[4]", ", b"),
         "linear: its bias differs from the rows in dtype",
     ),
     "rows that are not a multiple of 16 bytes": (
-        """graph main(x: bf16[T, 6]; w: bf16[4, 6]) {
-          y: bf16[T, 4] = aten.linear.default(x, w)
-          return y
-        }""",
+        _linear("bf16", 6, "w: bf16[4, 6]"),
         "linear: its rows of 6 elements are not a multiple of 16 bytes",
     ),
     "a stack that is computed": (
-        f"""graph main(x: bf16[T, 8], i: i64[T, 2], w: bf16[3, 4, 8]) {{
-          {_SORT}
-          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
-          return y
-        }}""",
+        _grouped(", w: bf16[3, 4, 8]"),
         "grouped: a stack of its weights is computed, not a weight of the model",
     ),
     "stacks of two shapes": (
-        f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: f32[3, 4, 8]) {{
-          {_SORT}
-          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
-          return y
-        }}""",
+        _grouped("; w: f32[3, 4, 8]"),
         "grouped: its stacks differ in shape, or from the rows in dtype",
     ),
     "a bias of another dtype than the rows": (
-        f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: bf16[3, 4, 8], b: f32[3, 4]) {{
-          {_SORT}
-          y: bf16[2*T, 4] = grouped.linear(x, ends, w, b, order) <matrices=1, biased=true, gather=2>
-          return y
-        }}""",
+        _grouped("; w: bf16[3, 4, 8], b: f32[3, 4]", "b, order", "biased=true, "),
         "grouped: its biases differ from the rows in dtype",
     ),
     "scaled rows": (
-        f"""graph main(x: bf16[T, 8], i: i64[T, 2], s: f32[T, 2]; w: bf16[3, 4, 8]) {{
-          {_SORT}
-          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order, s)
-            <matrices=1, gather=2, scaled=true>
-          return y
-        }}""",
+        _grouped(", s: f32[T, 2]; w: bf16[3, 4, 8]", "order, s", "scaled=true, "),
         "grouped: its rows are scaled before they are multiplied",
     ),
     "rows of no expert that are read": (
-        f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: bf16[3, 4, 8]) {{
-          {_SORT}
-          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
-          return y
-        }}""",
+        _grouped("; w: bf16[3, 4, 8]"),
         "grouped: rows that belong to no expert are read, and the kernel does not compute them",
     ),
     "more choices than lanes": (

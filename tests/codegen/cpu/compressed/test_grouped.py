@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from moec.codegen.build import assembly
 from moec.codegen.cpu.compressed import weights as compressed_weights
@@ -23,24 +22,21 @@ from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import CompressedSpec
 from moec.ir.formats.compressed import MOST_WIDTH, compress, decompress
-from moec.ir.formats.integer import round_rows
 from moec.ir.formats.ternary import bytes_of_counts, codes_of, grid_of
 from moec.target.cpu import TARGETS, missing, parse
 from tests.codegen.cpu.gemm.test_grouped import routing
+from tests.codegen.cpu.quantised.test_grouped import Linear as Rounded
+from tests.codegen.cpu.quantised.test_grouped import check
 
 RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "avx2-vnni"]
 BEST = RUNNABLE[-1]
-# Sums of integers are exact, and float32 rounds a few times behind them. But x times a scale may
-# come out halfway between two integers, where targets that fuse it with the rounding take the other
-# one: a 32639th of the greatest input then.
-CLOSE = 4e-6 + 1 / 32639
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.numel() else torch.zeros(1, dtype=tensor.dtype)[:0]
 
 
-class Linear:
+class Linear(Rounded):
     """A compressed linear layer of random weights, as kernels and as its reference."""
 
     def __init__(self, build, target, n, k, experts, *, gated=False, bias=False, **how):
@@ -55,50 +51,15 @@ class Linear:
             self.weights.append(decompress(parts, k))
             self.packed += map(aligned, parts)
             counts.append(bytes_of_counts(parts[1].shape))
-        self.spec = spec = replace(spec, bytes_of_counts=tuple(counts))
+        spec = replace(spec, bytes_of_counts=tuple(counts))
+        self.words, self.sums, self.blocks, self.columns = PAIRS.words(k), 1, 1, n
+        self.gated, self.row_bits = gated, 16
         self.biases = [torch.randn(experts, n) for _ in self.weights] if bias else []
         if bias:
             self.packed.append(torch.from_numpy(pack_bias(Layout(spec, target), *self.biases)))
         join = (lambda g, u: v.silu(g) * u) if gated else None
         self.rounding = build(target, rounding_kernel(target, k, 1, "float32", form=PAIRS))
         self.kernel = build(target, compressed_linear(target, spec, epilogue=join, **how))
-
-    def __call__(self, x, order, ends, scale=None):
-        rows = len(x)
-        codes = torch.full((rows, PAIRS.words(self.spec.k)), -1, dtype=torch.int32)
-        scales = torch.full((rows, 1), float("nan"))
-        sums = torch.full((rows, 1), -1, dtype=torch.int32)
-        self.rounding(x, codes, scales, sums)
-        y = torch.full((len(order) if self.top_k else rows, self.spec.n), float("nan"))
-        first = [order] if self.top_k else []
-        last = [] if scale is None else [scale]
-        self.kernel(codes, scales, sums, *first, ends, *self.packed, *last, y)
-        return y
-
-    def means(self, x, order, ends, scale=None):
-        rows = round_rows(x, 1, 16)
-        if self.top_k:
-            rows = rows[order.long() // self.top_k]
-        result = torch.zeros(len(rows), self.spec.n, dtype=torch.float64)
-        start = 0
-        for e, end in enumerate(ends.tolist()):
-            parts = [rows[start:end].double() @ w[e].double().T for w in self.weights]
-            if scale is not None:
-                parts = [p * scale.flatten()[order.long()][start:end, None] for p in parts]
-            if self.biases:
-                parts = [p + b[e] for p, b in zip(parts, self.biases, strict=True)]
-            result[start:end] = F.silu(parts[0]) * parts[1] if self.spec.gated else parts[0]
-            start = end
-        return result
-
-
-def check(y, expected):
-    assert torch.equal(y.isfinite(), expected.isfinite())
-    finite = expected.isfinite()
-    if finite.any():
-        assert (y.double() - expected)[finite].abs().max() <= CLOSE * (
-            1 + expected[finite].abs().max()
-        )
 
 
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
@@ -111,7 +72,7 @@ def test_gathered_gate_and_up(build, target):
         if t > 3:
             x[0], x[1], x[2, 5] = 0, float("nan"), float("inf")
         order, ends = routing(torch.randint(0, 4, (t, 2)), 3)
-        check(linear(x, order, ends, scale), linear.means(x, order, ends, scale))
+        check(linear(x, order, ends, scale), linear.means(x, order, ends, scale), 16)
 
 
 @pytest.mark.parametrize(("n", "k"), [(70, 133), (1, 1)])
@@ -119,7 +80,7 @@ def test_widths_that_fill_no_word_and_no_vector(build, n, k):
     linear = Linear(build, BEST, n, k, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
     x = torch.randn(11, k)
-    check(linear(x, None, ends), linear.means(x, None, ends))
+    check(linear(x, None, ends), linear.means(x, None, ends), 16)
 
 
 @cache
@@ -136,7 +97,7 @@ def test_any_routing(build, data, tokens):
     order, ends = routing(torch.tensor(flat, dtype=torch.int64).reshape(tokens, 2), 6)
     x = torch.randn(tokens, 32)
     linear = small(build)
-    check(linear(x, order, ends), linear.means(x, order, ends))
+    check(linear(x, order, ends), linear.means(x, order, ends), 16)
 
 
 @pytest.mark.parametrize("tokens", [2, 9, 61])

@@ -91,7 +91,10 @@ class Linear:
         codes = [stored(format, torch.randn(experts, n, k) * 0.1) for _ in range(1 + gated)]
         self.weights = [dequantise(format.kind, q.codes, q.scales, q.zeros) for q in codes]
         self.biases = [torch.randn(experts, n) for _ in codes] if bias else []
-        self.layout, self.gated, self.top_k = layout, gated, how.get("top_k", 0)
+        planes = layout.row_codes.planes
+        self.words, self.sums, self.blocks = planes * layout.x_words, planes, layout.blocks
+        self.columns, self.row_bits = n, format.row_bits
+        self.gated, self.top_k = gated, how.get("top_k", 0)
         self.packed = [tensor(pack_codes(layout, *(q.codes for q in codes)))]
         self.packed += [tensor(pack_scales(layout, *(q.scales for q in codes)))]
         if format.asymmetric:
@@ -104,23 +107,22 @@ class Linear:
         self.kernel = build(target, quantised_linear(target, spec, epilogue=join, **how))
 
     def __call__(self, x, order, ends, scale=None):
-        layout, rows = self.layout, len(x)
-        planes = layout.row_codes.planes
-        codes = torch.full((rows, planes * layout.x_words), -1, dtype=torch.int32)
-        scales = torch.full((rows, layout.blocks), float("nan"))
-        sums = torch.full((rows, planes * layout.blocks), -1, dtype=torch.int32)
+        rows = len(x)
+        codes = torch.full((rows, self.words), -1, dtype=torch.int32)
+        scales = torch.full((rows, self.blocks), float("nan"))
+        sums = torch.full((rows, self.sums * self.blocks), -1, dtype=torch.int32)
         self.rounding(x, codes, scales, sums)
-        y = torch.full((len(order) if self.top_k else rows, layout.spec.n), float("nan"))
+        y = torch.full((len(order) if self.top_k else rows, self.columns), float("nan"))
         first = [order] if self.top_k else []
         last = [] if scale is None else [scale]
         self.kernel(codes, scales, sums, *first, ends, *self.packed, *last, y)
         return y
 
     def means(self, x, order, ends, scale=None):
-        rows = round_rows(x, self.layout.blocks, self.layout.spec.format.row_bits)
+        rows = round_rows(x, self.blocks, self.row_bits)
         if self.top_k:
             rows = rows[order.long() // self.top_k]
-        result = torch.zeros(len(rows), self.layout.spec.n, dtype=torch.float64)
+        result = torch.zeros(len(rows), self.columns, dtype=torch.float64)
         start = 0
         for e, end in enumerate(ends.tolist()):
             parts = [rows[start:end].double() @ w[e].double().T for w in self.weights]
