@@ -43,17 +43,21 @@ class Bound:
         if actual.dtype.itemsize > 2 or not (exact.abs() < _LARGE).all():
             exact, noisy = exact.double(), noisy.double()
         rounded = exact.to(actual.dtype)
-        special = ~(rounded.isfinite() & exact.isfinite())
-        equal = (actual == rounded) | (actual.isnan() & rounded.isnan())
-        deviation = torch.where(special | ~noisy.isfinite(), 0.0, noisy - exact).abs()
-        size = torch.where(special, 0.0, exact).abs()
+        finite = all(math.isfinite(float(tensor.sum())) for tensor in (rounded, noisy))
+        if not finite:
+            special = ~(rounded.isfinite() & exact.isfinite())
+            equal = (actual == rounded) | (actual.isnan() & rounded.isnan())
+            noisy = torch.where(special | ~noisy.isfinite(), exact, noisy)
+            exact, noisy = (torch.where(special, 0.0, tensor) for tensor in (exact, noisy))
+        size, deviation = exact.abs(), (noisy - exact).abs_()
         spread = torch.maximum(deviation, _row_noise(deviation)).maximum(self.inner * size)
         spread = spread.maximum(self.codes * _row_noise(size)) if self.codes else spread
         least = float(torch.finfo(actual.dtype).smallest_normal)
-        bound = ROUNDING[self.dtype] * size + SIGMAS * spread + least
-        error = (actual.to(exact.dtype) - exact).abs() / bound
-        error = torch.where(special, torch.where(equal, 0.0, math.inf), error)
-        return torch.where(error.isnan(), math.inf, error)
+        bound = spread.mul_(SIGMAS).add_(size, alpha=ROUNDING[self.dtype]).add_(least)
+        error = (actual.to(exact.dtype) - exact).abs_().div_(bound)
+        if not finite:
+            error = torch.where(special, torch.where(equal, 0.0, math.inf), error)
+        return error.nan_to_num_(math.inf, math.inf)
 
     def slope(
         self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
@@ -68,8 +72,9 @@ class Bound:
             return 0.0, 1.0
         slopes = [self._slopes(a, b, c)]
         if exact.ndim == 2 and len(exact) >= _LEAST_COLUMN and finite.all():
-            slopes.append(self._slopes(actual.double(), exact.double(), noisy.double()))
-        off, spread = (torch.cat(parts) for parts in zip(*slopes, strict=True))
+            wide = exact.dtype if actual.dtype.itemsize <= 2 else torch.float64
+            slopes.append(self._slopes(actual.to(wide), exact.to(wide), noisy.to(wide)))
+        off, spread = (torch.cat(parts).double() for parts in zip(*slopes, strict=True))
         least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 16 * self.codes)
         allowed = (SIGMAS * spread + least).nan_to_num(1.0)
         if bool((off.abs() > allowed).any()):

@@ -51,7 +51,7 @@ def check_code(
         break
     recording.spread = recording.complete = False
     if DECODE in package.functions and package.generation is not None:
-        _continue_text(executor, recording)
+        _continue_text(executor, recording, stops_of(package.generation)[1:])
     return _check(module, recording.take())
 
 
@@ -132,11 +132,9 @@ def _grown(graph: Graph, sizes: dict[str, int], tokens: Dim, most: int) -> dict[
     return sizes
 
 
-def _continue_text(executor: Executor, recording: Recording) -> None:
-    """Two texts in pieces, and steps of one token in caches of random keys and values, as long as
-    the context allows."""
-    decode, generation = executor.package.functions[DECODE], executor.package.generation
-    assert generation is not None
+def _continue_text(executor: Executor, recording: Recording, stops: Sequence[int]) -> None:
+    """Two texts in pieces, and steps of one token in long caches of random keys and values."""
+    decode = executor.package.functions[DECODE]
 
     def fill(texts: Texts, size: float = 0.0) -> None:
         """What no token was written to may be NaN, of which ops make NaN with a weight of 0."""
@@ -148,7 +146,7 @@ def _continue_text(executor: Executor, recording: Recording) -> None:
 
     for number, _ in enumerate(feed_pieces(executor, pieces_of(executor.package), fill)):
         recording.complete = number == 1  # of the next one, which is the longest
-    for stop in () if carries(decode) else stops_of(generation)[1:]:
+    for stop in () if carries(decode) else stops:
         texts = Texts(executor, 2, stop, np.array([stop - 4, stop - 5]))
         fill(texts, 1.0)
         for token in range(4):
@@ -156,8 +154,8 @@ def _continue_text(executor: Executor, recording: Recording) -> None:
 
 
 def kernels_line(checked: KernelsChecked) -> str:
-    few = checked.least_rows is not None and checked.least_rows < ROWS
-    rows = f"; an expert had {checked.least_rows} rows" if few else ""
+    least = checked.least_rows
+    rows = "" if least is None or least >= ROWS else f"; an expert had {least} rows"
     return (
         f"kernels: {len(checked.kernels)} right on the inputs that they got, in {checked.calls:,} "
         f"calls: the worst error is {checked.worst:.2f} of its bound{rows}"

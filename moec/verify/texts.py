@@ -18,8 +18,8 @@ import torch
 from moec.capture import Captured
 from moec.errors import InputError, VerificationError
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.graph import Program, State
-from moec.ir.interpret.run_in_float32 import in_float32, wide
+from moec.ir.graph import Module, Program, State
+from moec.ir.interpret.run_in_float32 import in_float32, wide, widened
 from moec.oracle.rounding import FLOAT32_NOISE, rows_beyond
 from moec.oracle.table_ids import nonzero_rows
 from moec.runtime.call.caches import Cache
@@ -50,19 +50,14 @@ def stops_of(generation: Generation) -> list[int]:
 def pieces_of(package: Package, weights: int | None = None) -> Pieces:
     """Unequal pieces, and steps of one token at the start and up to each of `stops_of`, as far as
     the work for so many weights allows, by default the first; equal ones for recurrent states."""
-    decode = package.functions[DECODE]
     assert package.generation is not None
     most, stops = _WORK // weights if weights else 0, stops_of(package.generation)
     lengths = [(3, 1), (4, 2)]
     for stop in (stop for stop in stops if stop < most or stop == stops[0]):
         lengths += [(n, n - 1) for n in range(stop - 3, stop + 1) if n > lengths[-1][0]]
-    pairs = [(a, a if carries(decode) else b) for a, b in lengths if a <= stops[-1]]
+    equal = carries(package.functions[DECODE])
+    pairs = [(a, a if equal else b) for a, b in lengths if a <= stops[-1]] or [(1, 1)]
     return [(c - a, d - b) for (a, b), (c, d) in pairwise([(0, 0), *pairs])]
-
-
-def _tokens(pieces: Pieces) -> int:
-    """Those of the longer text."""
-    return max(map(sum, zip(*pieces, strict=True)), default=0)
 
 
 def feed_pieces(
@@ -73,12 +68,12 @@ def feed_pieces(
 ) -> Iterator[tuple[torch.Tensor, list[int], Array]]:
     """Feed random tokens (of `tokens`, if given) to two texts in pieces: all tokens i64[2, S], and
     for each piece the texts' lengths and logits [2, V] after it. `prepare` is called first."""
-    package = decoder.package
-    assert package.generation is not None
-    room = _tokens(pieces)
-    of = package.generation.vocabulary if tokens is None or not len(tokens) else tokens
-    ids = np.random.default_rng(0).choice(of, (2, max(room, 1)))
-    texts, lengths = Texts(decoder, 2, max(room, 1)), [0, 0]
+    generation = decoder.package.generation
+    assert generation is not None
+    room = max(map(sum, zip(*pieces, strict=True)))
+    of = generation.vocabulary if tokens is None or not len(tokens) else tokens
+    ids = np.random.default_rng(0).choice(of, (2, room))
+    texts, lengths = Texts(decoder, 2, room), [0, 0]
     prepare(texts)
     for piece in pieces:
         stops = [length + new for length, new in zip(lengths, piece, strict=True)]
@@ -97,7 +92,9 @@ class InterpretedDecoder:
     program: Program
 
     def __post_init__(self) -> None:
-        self._run = in_float32(self.program)
+        few = sum(w.numel() for w in self.program.weights.values()) <= 1 << 28
+        # 1 GB in float32; of more weights, each is cast for each piece
+        self._run = in_float32(widened(Module.of(self.program)).main if few else self.program)
 
     @property
     def _states(self) -> Sequence[State]:
@@ -151,7 +148,7 @@ def check_texts(captured: Captured, decoder: Decoder, output: int, pieces: Piece
         beyond = beyond.explained_by([[torch.stack([moved[at] for at in positions])]])
     if beyond is None:
         words = f"{len(pieces)} pieces of two texts give what the module gives at once"
-        return f"texts: {words}, to token {_tokens(pieces):,}"
+        return f"texts: {words}, to token {ids.shape[1]:,}"
     errors = beyond.errors[0]
     row, last = positions[int(errors.argmax())]
     raise VerificationError(
