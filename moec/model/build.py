@@ -34,7 +34,7 @@ from moec.verify.code import check_case, check_choices, check_code, kernels_line
 from moec.verify.kernels import ProgramParts
 from moec.verify.recording import Recording
 from moec.verify.references import intended
-from moec.verify.texts import FEW_PIECES, InterpretedDecoder, check_texts, pieces_of
+from moec.verify.texts import InterpretedDecoder, check_texts, pieces_of
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
@@ -231,7 +231,8 @@ def _check_texts(compiled: CompiledModel, executor: Executor) -> str:
     source, package = intended(compiled.captured, compiled.pass_results), executor.package
     output = source.program.graph.outputs.index(logits_of(source.program.graph))
     weights = sum(weight.numel() for weight in source.program.weights.values())
-    pieces = FEW_PIECES if compiled.source.memory.paged else pieces_of(package, weights)
+    few = compiled.source.memory.paged is not None
+    pieces = pieces_of(package, None if few else weights, few=few)
     if package.gpu is not None and not rounds_to_16_bits(compiled.graph):
         check_texts(source, executor, output, pieces)
     return check_texts(source, InterpretedDecoder(package, compiled.module[DECODE]), output, pieces)

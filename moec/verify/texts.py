@@ -36,8 +36,6 @@ _MOST_TOKENS = 2048
 """The end of the context counts as one of them, where it is no further."""
 _WORK = 1 << 33
 """Weights times tokens that are evaluated for it: more than 66 tokens only in small models."""
-FEW_PIECES = ((64, 65), (1, 1))
-"""Where weights are read from files for each piece."""
 
 
 def stops_of(generation: Generation) -> list[int]:
@@ -47,15 +45,16 @@ def stops_of(generation: Generation) -> list[int]:
     return sorted(stop for stop in {*_STEPS, *ends} if stop <= min(longest, _MOST_TOKENS))
 
 
-def pieces_of(package: Package, weights: int | None = None) -> Pieces:
+def pieces_of(package: Package, weights: int | None = None, *, few: bool = False) -> Pieces:
     """Unequal pieces, and steps of one token at the start and up to each of `stops_of`, as far as
-    the work for so many weights allows, by default the first; equal ones for recurrent states."""
+    the work for so many weights allows, by default the first; equal ones for recurrent states.
+    `few` are two, where weights are read from files for each."""
     assert package.generation is not None
     most, stops = _WORK // weights if weights else 0, stops_of(package.generation)
     lengths = [(3, 1), (4, 2)]
     for stop in (stop for stop in stops if stop < most or stop == stops[0]):
         lengths += [(n, n - 1) for n in range(stop - 3, stop + 1) if n > lengths[-1][0]]
-    equal = carries(package.functions[DECODE])
+    equal, lengths = carries(package.functions[DECODE]), lengths[-2:] if few else lengths
     pairs = [(a, a if equal else b) for a, b in lengths if a <= stops[-1]] or [(1, 1)]
     return [(c - a, d - b) for (a, b), (c, d) in pairwise([(0, 0), *pairs])]
 
