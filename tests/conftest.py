@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports tvm or torch: tests run side by side, and each is small enough that
 # threads cost more than they bring. A test of threading sets its own count.
@@ -176,3 +177,17 @@ def short_moe(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (path / file).write_bytes((tiny_moe / file).read_bytes())
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium; without one the test is skipped."""
+    from playwright.sync_api import expect, sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium is installed: make chromium installs it")
+    expect.set_options(timeout=20_000)
+    with sync_playwright() as playwright:
+        # Containers run as root, for which Chromium has no sandbox; the page is moec's.
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

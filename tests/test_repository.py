@@ -232,7 +232,8 @@ def test_wheel_holds_every_module(tmp_path):
     assert {
         "moec/py.typed",
         "moec/serving/page.html",
-        "moec/inspect/exploration/page.html",
+        "moec/inspect/exploration/web/main.js",
+        "moec/inspect/exploration/web/dagre/LICENSE",
     } <= packed
     assert not {name.split("/")[0] for name in packed} & {*LINKED, "tests", "examples"}
     # What pip makes of the source distribution is the same wheel.

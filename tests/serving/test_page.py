@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 import moec
 from moec.runtime.text.chats.chat import ChatTemplate
 from moec.serving.access import Access
+from tests.browsing import Open, contrast, tabs
 from tests.serving.running import PROMPT, TEMPLATE, Running, continuation, serving, until
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium is installed: make chromium installs it"
-)
-Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +25,6 @@ def model(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> moec.Load
     return moec.load(path)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright:
-        # Containers run as root, for which Chromium has no sandbox; the page is moec's.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def server(model: moec.LoadedModel) -> Iterator[Running]:
     with serving(model, recorded=True) as running:
@@ -51,26 +33,10 @@ def server(model: moec.LoadedModel) -> Iterator[Running]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens the page of a server in a new tab, which must have no error at the end."""
-    errors: list[str] = []
-    contexts = []
-
-    def open_page(server: Running, **options: Any) -> Page:
-        context = browser.new_context(**options)
-        context.set_default_timeout(20_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append("a dialog"))
-        page.goto(f"http://127.0.0.1:{server.port}/")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
+    """Opens the page of a server."""
     # What the browser says of a request without a key is no defect of the page.
-    assert [error for error in errors if "401 (Unauthorized)" not in error] == []
+    with tabs(browser, "401 (Unauthorized)") as open_tab:
+        yield lambda server, **options: open_tab(f"http://127.0.0.1:{server.port}/", **options)
 
 
 def greedy(page: Page, most: int) -> None:
@@ -292,12 +258,6 @@ def test_stats_are_read_while_the_page_is_visible(server: Running, open_page: Op
     assert times == []
 
 
-def luminance(page: Page, selector: str, name: str) -> float:
-    color = page.locator(selector).evaluate(f"element => getComputedStyle(element).{name}")
-    red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", color)[:3])
-    return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours(server: Running, open_page: Open, scheme: str) -> None:
     """Words have a contrast of 4.5 with what is behind them (WCAG AA), also small ones."""
@@ -305,15 +265,11 @@ def test_colours(server: Running, open_page: Open, scheme: str) -> None:
     greedy(page, 8)
     ask(page, "Open a file")
     expect(page.locator("#messages small")).to_have_count(1)
-    back = luminance(page, "body", "backgroundColor")
-    assert (back > 0.5) == (scheme == "light")
     pairs = {"body": "body", "#messages small": "body", ".user": ".user", "#about": "aside"}
     pairs |= {"#new": "header", "#state": "header", "#hint": "body", "#now": "aside"}
     for front, behind in pairs.items():
-        low, high = sorted(
-            (luminance(page, front, "color"), luminance(page, behind, "backgroundColor"))
-        )
-        assert (high + 0.05) / (low + 0.05) >= 4.5, front
+        ratio, dark = contrast(page, front, behind)
+        assert (ratio >= 4.5, dark) == (True, scheme == "dark"), front
 
 
 def test_a_narrow_screen(server: Running, open_page: Open) -> None:

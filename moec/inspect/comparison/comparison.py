@@ -10,7 +10,7 @@ import msgspec
 
 from moec.files.printable import columns, preformatted, printable
 from moec.inspect.exploration.page import page
-from moec.report.data import MovedLine, ReportData
+from moec.report.data import MovedLine
 from moec.report.pass_graphs.table import GraphStep, GraphTable, ports
 from moec.report.units import size, spans
 
@@ -93,27 +93,22 @@ def _cells(line: Any) -> tuple[str, ...]:
     return tuple("-" if v is None else show(v) if isinstance(v, int) else v for v in cells)
 
 
-# ---- the page: that of `moec explore`, with the graphs of A and B as its steps -------
-
-
 def comparison_page(
     comparison: Mapping[str, Any], graphs: Mapping[str, Sequence[GraphStep]]
 ) -> str:
-    """The HTML, which loads nothing from elsewhere. `graphs` has those of A and B by function."""
+    """The HTML of `moec explore`, with `graphs` of A and B by function as its steps."""
     table = GraphTable()
     functions = [
         {"name": name, "steps": table.steps(steps), **ports(steps[-1].graph)}
         for name, steps in graphs.items()
     ]
     names = next(fact for fact in comparison["facts"] if fact["subject"] == "artifact")
-    data = {
-        "title": f"{names['a']} and {names['b']}",
-        "artifact": False,
-        "report": ReportData("").to_dict(),
-        "functions": msgspec.to_builtins(functions),
-        "texts": list(table.texts),
-        "ops": list(table.ops),
-        "comparison": comparison,
-    }
-    empty: dict[str, Any] = dict.fromkeys(("declined", "calls", "weights"), ())
-    return page(data | empty | dict.fromkeys(("profile", "routing", "plan")))
+    return page(
+        {
+            "title": f"{names['a']} and {names['b']}",
+            "functions": msgspec.to_builtins(functions),
+            "texts": list(table.texts),
+            "ops": list(table.ops),
+            "comparison": comparison,
+        }
+    )

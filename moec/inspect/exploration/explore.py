@@ -105,9 +105,6 @@ def explored_model(model: CompiledModel | LoadedModel | Path | str) -> ExploredM
     )
 
 
-# ---- a plan of many devices as data of a page ----------------------------------------
-
-
 def read_layers(source: Plan | Path | str, model: ExploredModel) -> dict[str, Any]:
     """The plan with the predicted seconds of each layer. Raises UsageError where it cannot be read,
     and InputError where its MoE layers have other numbers of experts than the model's."""
@@ -124,9 +121,6 @@ def read_layers(source: Plan | Path | str, model: ExploredModel) -> dict[str, An
     for layer, row in zip(plan.layers, data["layers"], strict=True):
         row["total"] = layer.total
     return data
-
-
-# ---- a recorded routing as data of a page --------------------------------------------
 
 
 MOST = 1 << 20
@@ -243,12 +237,6 @@ def _phase(phase: PhaseProfile) -> Mapping[str, Any]:
         {"time": asdict(line.time)} | {field: getattr(line, field) for field in fields}
         for line in phase.kernels
     ]
-    return {
-        "name": phase.name,
-        "function": phase.function,
-        "sizes": dict(phase.sizes),
-        "call": phase.call.seconds,
-        "between": phase.between.seconds,
-        "outside": phase.outside.seconds,
-        "kernels": kernels,
-    }
+    names = {field: getattr(phase, field) for field in ("name", "function", "sizes")}
+    times = {field: getattr(phase, field).seconds for field in ("call", "between", "outside")}
+    return {**names, **times, "kernels": kernels}

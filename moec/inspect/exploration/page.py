@@ -1,4 +1,4 @@
-"""The page as one file: page.html with data in it, and a policy by which nothing else runs."""
+"""The page as one file: what is in web/, with data, and a policy by which nothing else runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 
-def page(data: Mapping[str, Any]) -> str:
+class PageText(str):
+    """HTML; a notebook shows it in a frame."""
+
+    def _repr_html_(self) -> str:
+        size = 'width="100%" height="800"'
+        return f'<iframe sandbox="allow-scripts" {size} srcdoc="{escape(self)}"></iframe>'
+
+
+def page(data: Mapping[str, Any]) -> PageText:
     """The HTML, which loads nothing from elsewhere."""
     head, middle, tail = _parts()
     text = head + escape(str(data["title"])) + middle + script_json(data) + tail
-    return text.encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs
+    return PageText(text.encode("utf-8", "backslashreplace").decode())  # halves of surrogate pairs
 
 
 def script_json(data: Any) -> str:
@@ -41,8 +49,13 @@ def _finite(data: Any) -> Any:
 
 @cache
 def _parts() -> tuple[str, str, str]:
-    """The file, cut where the title and the data go, with the hashes of its style and script."""
-    content = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    """page.html with the files that it names, cut where the title and the data go, with the hashes
+    of its style and script; modules are one script, without their imports and exports."""
+    folder = Path(__file__).with_name("web")
+    content = "%page.html%"
+    for _ in range(2):
+        content = re.sub(r"%([a-z][\w./]+)%", lambda m: (folder / m[1]).read_text("utf-8"), content)
+    content = re.sub(r"^(import .*?;\n|export )", "", content, flags=re.MULTILINE)
     policy = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
     for tag in ("style", "script"):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", content, re.DOTALL)

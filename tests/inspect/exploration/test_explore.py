@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -78,8 +78,6 @@ def test_hunks_lead_from_one_graph_to_the_next(before: list[int], after: list[in
 def test_hunks_are_as_few_as_can_be() -> None:
     assert hunks([1, 2, 3, 4, 5], [1, 3, 9, 4, 5]) == [(1, 1, []), (3, 0, [9])]
     assert hunks([1, 2, 3, 4], [4, 1, 2, 3]) == [(0, 0, [4]), (3, 1, [])]
-    assert hunks([7, 8], [7, 8]) == []
-    assert hunks([], [3]) == [(0, 0, [3])]
 
 
 def test_graphs_of_the_page_are_those_of_the_passes(declined: moec.CompiledModel) -> None:
@@ -91,66 +89,9 @@ def test_graphs_of_the_page_are_those_of_the_passes(declined: moec.CompiledModel
         assert [f"  {line}" for line in lines] == [
             line for line in text.splitlines() if " = " in line
         ]
-    step = data["functions"][0]["steps"][7]
-    assert (step["name"], step["stage"], step["rewrites"]) == ("recognise-experts", "MOE", 2)
     # No pass but the first has an op that another has.
     total = sum(len(lines) for lines in shown(data))
     assert len(data["ops"]) < total / 10
-
-
-def test_outline(declined: moec.CompiledModel, golden: Callable[[str], None]) -> None:
-    """Passes with what they removed and added, blocks, the declined candidate, and weights."""
-    data = page_data(explored_model(declined))
-    lines = [data["title"]]
-    for step in data["functions"][0]["steps"]:
-        removed = sum(count for _, count, _ in step["hunks"])
-        added = sum(len(numbers) for _, _, numbers in step["hunks"])
-        lines.append(f"{step['name']} ({step['stage']}): -{removed} +{added} = {step['ops']} ops")
-    lines += [f"{b['name']}: {b['top_k']} of {b['experts']}" for b in data["report"]["blocks"]]
-    lines += [json.dumps(row) for row in data["declined"]]
-    lines += [json.dumps(row) for row in data["weights"][:6]]
-    golden("\n".join(lines))
-
-
-def test_a_declined_candidate_leads_to_the_users_line(declined: moec.CompiledModel) -> None:
-    data = page_data(explored_model(declined))
-    (row,) = data["declined"]
-    assert (row["where"], row["rule"]) == ("layers.1", "recognise-experts")
-    assert "aten.mean.dim reduces over rows" in row["reason"]
-    assert row["line"] == DECLINED_LINE
-    assert data["functions"][0]["steps"][row["step"] + 1]["name"] == row["rule"]
-    assert "aten.mean.dim" in shown(data)[row["step"]][row["op"]]
-
-
-def test_an_artifact(files: Files) -> None:
-    model = explored_model(files.artifact)
-    data = page_data(model, trace=files.trace, profile=files.profile)
-    assert [f["name"] for f in data["functions"]] == ["main", "decode"]
-    (lines,) = shown(data)
-    assert lines[-1].startswith("logits: bf16[B, S, 1024]")
-    sources = {data["texts"][row[3]] for row in data["ops"]}
-    assert any(re.fullmatch(r"modeling_qwen3_moe\.py:\d+", line) for line in sources)
-    computed = {at for c in data["calls"] if c["function"] == "main" for at in c["ops"]}
-    assert len(computed) > 0.6 * len(lines)
-    assert max(computed) < len(lines)
-    kinds = {weight["kind"] for weight in data["weights"]}
-    assert {"experts", "linears", "head", "other weights"} <= kinds
-    experts = sum(w["bytes"] for w in data["weights"] if w["kind"] == "experts")
-    assert experts == 4 * 8 * 3 * 128 * 256 * 2  # layers, experts, matrices, D, H, bf16
-    phases = {phase["name"]: phase for phase in data["profile"]["phases"]}
-    assert set(phases) == {"prefill", "decode"}
-    calls = [call for call in data["calls"] if call["function"] == phases["decode"]["function"]]
-    assert len(phases["decode"]["kernels"]) == len(calls)
-    routing = data["routing"]
-    assert (routing["experts"], routing["k"]) == ([8] * 4, 2)
-    assert routing["layers"] == [f"model.layers.{n}.mlp" for n in range(4)]
-    assert data["plan"] is None
-
-
-def test_a_built_model_has_passes_and_kernels(compiled_tiny_moe: moec.CompiledModel) -> None:
-    data = page_data(explored_model(compiled_tiny_moe))
-    assert [len(f["steps"]) > 1 for f in data["functions"]] == [True, False]
-    assert {call["function"] for call in data["calls"]} == {"main", "decode"}
 
 
 def test_an_artifact_with_its_passes(compiled_tiny_moe: moec.CompiledModel, tmp_path: Path) -> None:
@@ -168,17 +109,13 @@ def test_an_artifact_with_its_passes(compiled_tiny_moe: moec.CompiledModel, tmp_
     assert moec.load(path).artifact.files == compiled_tiny_moe.source.files
 
 
-STORED: dict[str, Any] = {
-    "texts": ["a", ""],
-    "ops": [[0, 1, 1, 1, 1, [0], [0, 0]], [1, 1, 1, 1, 1, [], []]],
+STORED: dict[str, Any] = json.loads("""{
+    "texts": ["a", ""], "ops": [[0, 1, 1, 1, 1, [0], [0, 0]], [1, 1, 1, 1, 1, [], []]],
     "steps": [
-        {"name": "capture", "stage": "", "rewrites": 0, "seconds": 0.0, "ops": 2, "hunks": []},
-        {"name": "one", "stage": "", "rewrites": 0, "seconds": 0.0, "ops": 1, "hunks": []},
-    ],
-    "declined": [{"where": "", "rule": "one", "reason": "why", "step": 0, "op": 1}],
-}
-STORED["steps"][0]["hunks"] = [[0, 0, [0, 1]]]
-STORED["steps"][1]["hunks"] = [[0, 1, []]]
+        {"name": "", "stage": "", "rewrites": 0, "seconds": 0, "ops": 2, "hunks": [[0, 0, [0, 1]]]},
+        {"name": "one", "stage": "", "rewrites": 0, "seconds": 0, "ops": 1, "hunks": [[0, 1, []]]}],
+    "declined": [{"where": "", "rule": "one", "reason": "why", "step": 0, "op": 1}]
+}""")
 
 
 @pytest.mark.parametrize(
@@ -377,12 +314,6 @@ def test_it_is_served_until_interrupted(files: Files) -> None:
             with urlopen(address) as response:
                 assert response.read().decode() == moec.explore(files.artifact)
                 assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-            for url, host, status in (
-                (address + "other", "127.0.0.1", 404),
-                (address, "attacker.example", 403),
-            ):
-                with pytest.raises(OSError, match=str(status)):
-                    urlopen(Request(url, headers={"Host": host}))
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=20) == 0
         finally:
@@ -396,3 +327,7 @@ def test_a_page_needs_only_its_data() -> None:
     assert len(re.findall(r"(?:style|script)-src 'sha256-[\w+/=]{44}'", html)) == 2
     assert "%" not in html.partition("<style>")[0]
     assert not re.findall(r"(?:src|href)=\"(?!data:)", html)
+    folder = ROOT / "moec" / "inspect" / "exploration" / "web" / "dagre"
+    library = (folder / "dagre.min.js").read_bytes()
+    assert hashlib.sha256(library).hexdigest() in (folder / "README.md").read_text()
+    assert (folder / "LICENSE").read_text() in html  # as MIT asks of copies

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 import moec
 from moec.inspect.comparison.comparison import ArtifactComparison
@@ -24,61 +23,36 @@ from moec.passes.core.damage import ChoiceLine
 from moec.report.data import Block, DeclinedLine
 from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import Report, describe_graph
+from moec.runtime.call.routing_trace import load_trace
+from tests.browsing import Open, contrast, place, tabs
 from tests.inspect.comparison.test_compare import FIXED
 from tests.inspect.exploration.conftest import Files
 from tests.inspect.exploration.test_explore import DECLINED_LINE, planned
 from tests.models.families import FAMILIES
 from tests.sources.onnx.test_files import D, Sorted, export
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium is installed: make chromium installs it"
-)
-Open = Callable[..., Page]
 HOSTILE = "</script><img src=x onerror=document.title=1>&\u2028'"
 LAYERS, OPS, PASSES = 48, 210, 40
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright:
-        # Containers run as root, for which Chromium has no sandbox; the page is moec's.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
-    """Opens HTML from a file in a new tab, which must have no error and load nothing else."""
-    errors: list[str] = []
-    contexts = []
+    """Opens HTML from a file, which loads nothing else."""
     path = tmp_path / "page.html"
+    with tabs(browser) as open_tab:
 
-    def open_page(html: str, **options: Any) -> Page:
-        path.write_text(html, encoding="utf-8")
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append("a dialog"))
-        page.on("request", lambda request: requests.append(request.url))
-        requests: list[str] = []
-        page.goto(path.as_uri())
-        assert {url for url in requests if not url.startswith("data:")} == {path.as_uri()}
-        return page
+        def open_page(html: str, **options: Any) -> Page:
+            path.write_text(html, encoding="utf-8")
+            page = open_tab(path.as_uri(), **options)
+            loaded = page.evaluate("performance.getEntriesByType('resource').map(r => r.name)")
+            assert [url for url in loaded if not url.startswith("data:")] == []
+            return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
+        yield open_page
 
 
 @pytest.fixture(scope="module")
-def model_page(declined: moec.CompiledModel) -> str:
+def model_page(declined: moec.CompiledModel) -> Any:
     return moec.explore(declined)
 
 
@@ -92,6 +66,20 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
+def asked(page: Page, question: str) -> Any:
+    return page.evaluate(f"{Path(__file__).with_name('picture.js').read_text()}.{question}()")
+
+
+def after_pass(page: Page, name: str) -> None:
+    tab(page, "Graph")
+    page.locator(".passes").get_by_role("button", name=name).first.click()
+
+
+def press(page: Page, *names: str) -> None:
+    for name in names:
+        page.get_by_role("button", name=name, exact=True).click()
+
+
 def test_one_click_from_a_declined_block_to_the_users_line(
     model_page: str, open_page: Open
 ) -> None:
@@ -102,56 +90,107 @@ def test_one_click_from_a_declined_block_to_the_users_line(
     file, code = DECLINED_LINE.rstrip("`").split(": `")
     expect(page.locator("#line")).to_have_text(file)
     expect(page.locator("#details")).to_contain_text(code)
-    expect(page.locator(".row.on")).to_contain_text("aten.mean.dim")
-    expect(page.locator(".row.on")).to_be_in_viewport()
+    expect(page.locator(".box.on > .title")).to_have_text("mean")
+    expect(page.locator(".box.on")).to_be_in_viewport()
     # Its operand leads to the op that computes it.
     page.locator("#details .link").first.click()
     expect(page.locator("#details h2")).to_have_text("aten.linear.default")
 
 
-def test_what_a_pass_changed(model_page: str, open_page: Open) -> None:
-    """The layers that it changed; opened, the ops before and after beside each other."""
-    page = open_page(model_page)
+def test_the_first_screen(artifact_page: str, model_page: Any, open_page: Open) -> None:
+    """What the model is, what moec did, and where time goes; without times, what a token reads."""
+    page = open_page(artifact_page, viewport={"width": 1280, "height": 800})
+    sentences = (
+        "mixture of experts, continues text; 4, all with experts; 8 a layer, 2 per token; 3.48 M,"
+        " 1.12 M active per token (32 %); 7.2 MB packed; experts 6.3 MB, bf16",
+        "changed the graph: 412 ops; 4 MoE blocks: softmax, top-2, renormalised; swiglu;"
+        " the same results on random routings; the code was not compared with eager",
+        "decode: ; prefill: ; (between kernels); mlp; self_attn",
+    )
+    for section, words in zip(page.locator(".first section").all(), sentences, strict=True):
+        expect(section).to_be_in_viewport(ratio=0.9)
+        assert all(word in section.inner_text() for word in words.split("; ")), words
+    bars = page.locator(".bars").first
+    widths = [float(w) for w in re.findall(r"width: ([\d.]+)%", bars.inner_html())]
+    assert widths[:-1] == sorted(widths[:-1], reverse=True)
+    page = open_page(model_page._repr_html_())  # in a notebook
+    last = page.frame_locator("iframe").locator(".first section").last
+    expect(last).to_contain_text("weights read for one token, at most 35.1 kB")
+
+
+def test_each_op_is_a_box(artifact_page: str, open_page: Open) -> None:
+    """And each arrow leads from box to box; no two boxes of one parent lie on each other."""
+    page = open_page(artifact_page)
     tab(page, "Graph")
-    page.locator(".passes").get_by_role("button", name="recognise-experts").click()
+    press(page, "Open all")
+    expect(page.locator(".box.op")).to_have_count(115)
+    assert page.locator(".box.port > .title").all_text_contents() == ["input_ids", "logits"]
+    assert asked(page, "dangling") == []
+    assert asked(page, "overlapping") == []
+    press(page, "Close all")
+    titles = page.locator(".box > .title").all_text_contents()
+    assert titles == [
+        "input_ids", "embed_tokens \u00b7 embedding", "arange.start_step", "rotary_emb", "layers.0",
+        "layers.1 \u2013 3", "norm \u00b7 nn.rms_norm", "lm_head \u00b7 linear", "alias", "logits",
+    ]  # fmt: skip
+
+
+def test_a_block_opens_into_its_experts(artifact_page: str, open_page: Open) -> None:
+    """By click and by keys; an expert tells its load and its bytes."""
+    page = open_page(artifact_page)
+    tab(page, "Graph")
+    block = page.locator(".box[data-key='model.layers.0.mlp']")
+    expect(block.locator("> .line").first).to_have_text("8 experts, 2 per token")
+    experts = block.locator(".expert")
+    expect(experts).to_have_count(16)  # of the two grouped products
+    block.locator("> .title").dispatch_event("click")
+    expect(experts).to_have_count(0)
+    expect(block).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(experts).to_have_count(16)
+    page.keyboard.press("ArrowRight")  # into it
+    expect(block).not_to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    expect(block).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(experts).to_have_count(0)
+    page.keyboard.press("Enter")
+    experts.nth(3).focus()
+    page.keyboard.press("Enter")
+    details = page.locator("#details")
+    expect(details.locator("h2")).to_have_text("expert 3")
+    expect(details).to_contain_text("weights here131.1 kB, bf16")
+    expect(details).to_contain_text(re.compile(r"load\d\.\d\d times the mean"))
+
+
+def test_what_a_pass_changed(model_page: str, open_page: Open) -> None:
+    """Before and after side by side; as text, the layers that it changed."""
+    page = open_page(model_page)
+    after_pass(page, "recognise-experts")
+    panes = page.locator(".pane")
+    assert panes.locator("figcaption").all_text_contents() == [
+        "before recognise-experts \u2212118", "after recognise-experts +16"
+    ]  # fmt: skip
+    left, right = (place(pane) for pane in panes.all())
+    assert (left["y"], left["x"] < right["x"]) == (right["y"], True)
+    expect(panes.last.locator(".box.group.new").first.locator("> .count")).to_have_text("+7")
+    tab(page, "Overview")
+    press(page, "layers.2")  # a block, with what recognised it
+    block = panes.last.locator("[data-key='layers.2']")
+    expect(block).to_be_in_viewport()
+    expect(block.locator(".box.op.new")).to_have_count(7)
+    press(page, "Open all")
+    expect(panes.first.locator(".box.op.gone")).to_have_count(118)
+    expect(panes.last.locator(".box.op.new")).to_have_count(16)
+    expect(panes.first.locator(".box.op:not(.gone)")).to_have_count(195 - 118)
+    expect(panes.last.locator(".new > .title", has_text="moe.experts")).to_have_count(2)
+    press(page, "Text")
     groups = page.locator(".group")
     texts = [re.sub(r"\s+", " ", text or "") for text in groups.all_text_contents()]
     assert texts == ["layers.0\u221258+7", "(no module)\u22122+2", "layers.2\u221258+7"]
     expect(page.locator("main")).to_contain_text("1 layer unchanged")
-    assert page.locator(".row").count() == 0  # layers that are closed are not in the page
     groups.first.click()
-    removed = page.locator(".row.del").all_text_contents()
-    added = page.locator(".row.ins").all_text_contents()
-    assert (len(removed), len(added)) == (58, 7)
-    assert any("aten.nonzero" in text for text in removed)
-    assert any("moe.experts" in text for text in added)
-    groups.first.click()
-    assert page.locator(".row").count() == 0
-
-
-def test_a_block_opens_the_change_that_recognised_it(model_page: str, open_page: Open) -> None:
-    page = open_page(model_page)
-    page.get_by_role("button", name="layers.2", exact=True).click()
-    expect(page.locator(".group", has_text="layers.2")).to_have_attribute("aria-expanded", "true")
-    assert page.locator(".row.ins").count() == 7
-
-
-def test_an_artifact_that_kept_its_passes(
-    compiled_tiny_moe: moec.CompiledModel, tmp_path: Path, open_page: Open
-) -> None:
-    """Its passes open, and kernels lead to ops of the last graph."""
-    compiled_tiny_moe.save(tmp_path / "tiny.moec", keep_passes=True)
-    page = open_page(moec.explore(tmp_path / "tiny.moec"))
-    tab(page, "Graph")
-    page.locator(".passes").get_by_role("button", name="recognise-routers").click()
-    page.locator(".group").nth(1).click()
-    assert any("moe.route" in text for text in page.locator(".row.ins").all_text_contents())
-    tab(page, "Kernels")
-    page.locator("td .link", has_text="moe.experts").or_(
-        page.locator("td .link", has_text="grouped.linear")
-    ).first.click()
-    expect(page.locator("#details")).to_contain_text(re.compile(r"call \d+ of main"))
-    expect(page.locator("#line")).to_have_text(re.compile(r"moe\.py:\d+"))
+    assert (page.locator(".row.del").count(), page.locator(".row.ins").count()) == (58, 7)
 
 
 def compared() -> ArtifactComparison:
@@ -190,6 +229,9 @@ def test_a_comparison(open_page: Open) -> None:
     ):
         assert row in rows
     tab(page, "Graph")  # which opens at the difference
+    assert page.locator(".box.op.gone > .title").all_text_contents() == ["layers.1 \u00b7 exp"]
+    assert page.locator(".box.op.new > .title").all_text_contents() == ["layers.1 \u00b7 neg"]
+    press(page, "Text")
     expect(page.locator("main")).to_contain_text("1 layer unchanged")
     page.locator(".group", has_text="layers.1").click()
     assert "aten.exp" in page.locator(".row.del").inner_text()
@@ -211,25 +253,22 @@ def test_search(model_page: str, open_page: Open) -> None:
     page.locator("main .row").click()
     expect(page.locator("#details h2")).to_have_text("aten.relu.default")
     expect(page.get_by_label("Search")).to_have_value("")
-    page.get_by_label("Search").fill("no such thing")
-    expect(page.locator("main h2").first).to_have_text("0 ops in main, after fold-permutes")
     page.keyboard.press("Escape")
-    expect(page.locator(".group").first).to_be_visible()
+    expect(page.locator(".picture")).to_be_visible()
 
 
 def test_keys(model_page: str, open_page: Open) -> None:
-    """Tab to the views, arrows between them and through the ops, Enter opens."""
+    """Tab to the views, arrows between them and through layers and ops, Enter opens."""
     page = open_page(model_page)
     page.keyboard.press("Tab")
-    expect(page.get_by_label("Search")).to_be_focused()
     page.keyboard.press("Tab")
     expect(page.get_by_role("tab", name="Overview")).to_be_focused()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("tab", name="Graph")).to_be_focused()
+    press(page, "Text")
     first = page.locator(".group").first
     first.focus()
     page.keyboard.press("ArrowRight")
-    expect(first).to_have_attribute("aria-expanded", "true")
     page.keyboard.press("ArrowDown")
     expect(page.locator(".row").first).to_be_focused()
     page.keyboard.press("Enter")
@@ -249,6 +288,7 @@ def test_kernels_weights_routing_and_plan(artifact_page: str, open_page: Open) -
     page.get_by_label("Phase").select_option(index=1)
     page.locator("td .link", has_text="grouped.linear").first.click()
     expect(page.locator("#details")).to_contain_text(re.compile(r"call \d+ of decode; .*: .* in "))
+    expect(page.locator("#line")).to_have_text(re.compile(r"^\w+\.py:\d+$"))
     tab(page, "Weights")
     expect(page.locator(".key").first).to_contain_text("experts: 6.3 MB, 87 %, bf16")
     page.locator(".key", has_text="head").click()
@@ -263,7 +303,7 @@ def test_kernels_weights_routing_and_plan(artifact_page: str, open_page: Open) -
     page.get_by_label("First token").fill("0")
     assert sum(map(int, load.all_text_contents())) == 4  # two tokens, two experts each
     page.get_by_label("Layer", exact=True).fill("3")
-    expect(page.locator("main h2").nth(1)).to_have_text("model.layers.3.mlp")
+    expect(page.locator("main h2")).to_have_text("model.layers.3.mlp")
     tab(page, "Plan")
     expect(page.locator("tbody tr").first).to_have_text("0TP 1EP 2flat81.002.500 ms")
     expect(page.locator("tbody tr").last).to_have_text("1TP 2dense1.000 ms")
@@ -286,54 +326,40 @@ def test_each_view_of_other_models(name: str, tmp_path: Path, open_page: Open) -
     assert page.evaluate("() => performance.getEntriesByType('navigation')[0].domInteractive") < 2e3
     expect(page.locator("main")).to_contain_text("1 MoE block")
     page.locator("tbody .link").first.click()  # the block, where it was recognised
-    page.locator(".row.ins", has_text="moe.experts").click()
+    page.locator(".box.new > .title", has_text="moe.experts").dispatch_event("click")
     expect(page.locator("#details h2")).to_have_text("moe.experts")
     for change in page.locator(".passes button").all():
         change.click()
-        if page.locator(".group").count():
-            page.locator(".group").first.click()
-            page.locator(".row").last.click()
+        press(page, "Open all")
+        assert asked(page, "dangling") == asked(page, "overlapping") == []
+        page.locator(".box.op").last.dispatch_event("click")
     for button in page.get_by_role("tab").all():
         button.click()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_themes(scheme: str, model_page: str, open_page: Open) -> None:
-    """The paper and the text differ enough in both: WCAG's 7 to 1."""
+    """Words differ enough from what is behind them in both: WCAG's 7 to 1, 4.5 for small ones."""
     page = open_page(model_page, color_scheme=scheme)
-    style = page.evaluate(
-        "() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color] }"
-    )
-    paper, ink = (luminance(colour) for colour in style)
-    assert (paper > ink) == (scheme == "light")
-    assert (max(paper, ink) + 0.05) / (min(paper, ink) + 0.05) > 7
-
-
-def luminance(colour: str) -> float:
-    parts = [int(n) / 255 for n in re.findall(r"\d+", colour)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_on_a_phone_the_op_is_above_its_details(model_page: str, open_page: Open) -> None:
-    page = open_page(model_page, viewport={"width": 390, "height": 844})
-    page.locator(".card .link").click()
-    row, details = page.locator(".row.on").bounding_box(), page.locator("#details").bounding_box()
-    assert row is not None
-    assert details is not None
-    assert 0 <= row["y"] < row["y"] + row["height"] <= details["y"]
+    assert contrast(page, "body", "body") > (7, False)
+    assert contrast(page, ".soft", "body") > (4.5, False)
+    assert contrast(page, "body", "body")[1] == (scheme == "dark")
 
 
 def test_a_phone(model_page: str, artifact_page: str, open_page: Open) -> None:
-    """No view is wider than the screen: tables scroll by themselves."""
+    """No view is wider than the screen, and an op is above its details."""
     for html in (model_page, artifact_page, compared().page()):
         page = open_page(html, viewport={"width": 390, "height": 844})
         for button in page.get_by_role("tab").all():
             button.click()
-            if page.locator(".group").count():
-                page.locator(".group").first.click()
+            if page.locator(".picture").count():
+                press(page, "Open all")
             width = page.evaluate("() => document.documentElement.scrollWidth")
             assert width <= 390, button.inner_text()
+    page = open_page(model_page, viewport={"width": 390, "height": 844})
+    page.locator(".card .link").click()
+    box, details = (place(page.locator(each)) for each in (".box.on", "#details"))
+    assert 0 <= box["y"] < box["y"] + box["height"] <= details["y"]
 
 
 def hostile_model() -> ExploredModel:
@@ -365,9 +391,10 @@ def test_names_are_never_html(open_page: Open) -> None:
     assert chosen.all_text_contents()[2:] == ["2.5 kB", "0.125", "25 %"]
     for button in page.get_by_role("tab").all():
         button.click()
-        for group in page.locator(".group").all():
-            group.click()
-            page.locator(".row").first.click()
+        if page.locator(".picture").count():
+            page.locator(".box.op").click()
+            press(page, "Text")
+            page.locator(".group").click()
         assert page.locator("img").count() == 0
     page.get_by_label("Search").fill("<img")
     expect(page.locator("main .row")).to_have_count(1)
@@ -376,12 +403,11 @@ def test_names_are_never_html(open_page: Open) -> None:
 
 def many_ops(changed: int) -> Any:
     """48 layers of 210 ops; each pass replaces one op in seven by another."""
-    lines = []
-    before = "x"
+    lines, before = [], "x"
     for n in range(LAYERS * OPS):
-        layer, at = divmod(n, OPS)
-        attrs = f"<note={changed}>" if changed and (at + changed) % 7 == 0 else ""
-        module = f"model.layers.{layer}.{'self_attn.q_proj' if at < 60 else 'mlp.experts'}"
+        attrs = f"<note={changed}>" if changed and (n % OPS + changed) % 7 == 0 else ""
+        part = "self_attn.q_proj" if n % OPS < 60 else "mlp.experts"
+        module = f"model.layers.{n // OPS}.{part}"
         lines.append(f"v{n}: f32[T, 64] = aten.relu.default({before}) {attrs} @ {module}")
         before = f"v{n}"
     body = "\n".join(lines)
@@ -392,24 +418,48 @@ def test_ten_thousand_ops(open_page: Open) -> None:
     """48 layers and 40 passes: a small page, which is ready at once and opens a layer at once."""
     steps = [GraphStep(f"pass-{n}", many_ops(n), "MOE", n, 0.1) for n in range(PASSES)]
     report = Report("large", **describe_graph(steps[0].graph, {}))
-    start = time.perf_counter()
     html = html_of(page_data(ExploredModel("large", report, {"main": steps}, ())))
-    wrote = time.perf_counter() - start
     size = len(html.encode())
     page = open_page(html)
     ready = page.evaluate("() => performance.getEntriesByType('navigation')[0].domInteractive")
-    start = time.perf_counter()
     tab(page, "Graph")
-    groups = page.locator(".group")
-    assert groups.count() == LAYERS
-    groups.nth(20).click()
-    expect(page.locator(".row").first).to_be_visible()
+    expect(page.locator(".picture")).to_be_visible()
+    seconds = asked(page, "opened")
+    expect(page.locator(".box.op")).to_have_count(LAYERS * OPS)
+    press(page, "Text")
+    page.locator(".group").nth(20).click()
     assert 0 < page.locator(".row").count() < OPS + 1
-    page.locator(".passes button").nth(PASSES - 1).click()
-    assert groups.count() == LAYERS
     page.get_by_label("Search").fill("layers.47.mlp")
     expect(page.locator("main h2").first).to_have_text(re.compile("^150 ops"))
-    seconds = time.perf_counter() - start
-    print(f"wrote {wrote:.1f} s, {size / 1e6:.2f} MB, ready {ready:.0f} ms, steps {seconds:.1f} s")
+    print(f"{size / 1e6:.2f} MB, ready {ready:.0f} ms, drawn {seconds:.1f} s")
     assert size < 15e6
     assert ready < 2000
+    assert seconds < 10
+
+
+def test_heat_maps(artifact_page: str, files: Files, open_page: Open) -> None:
+    """The whole width, axes with names and numbers, a scale, and in each cell its number."""
+    page = open_page(artifact_page, viewport={"width": 1280, "height": 800})
+    tab(page, "Routing")
+    load, strip, both = page.locator(".map").all()
+    expect(load.locator(".axis")).to_have_text(["expert", "layer"])
+    expect(load.locator(".column-tick")).to_have_text(list("01234567"))
+    expect(load.locator(".row-tick")).to_have_text(list("0123"))
+    expect(load.locator(".scale")).to_contain_text("times the mean of the layer")
+    ids = load_trace(files.trace).ids
+    counts = np.stack([(ids == expert).sum((0, 2)) for expert in range(8)], 1)
+    means = counts / counts.mean(1, keepdims=True)
+    cells = [float(text) for text in load.locator(".cell").all_text_contents()]
+    assert cells == pytest.approx(means[means > 0], abs=0.051)
+    box = place(load.locator("svg"))
+    assert box["width"] > 1200
+    load.locator("svg").hover(position={"x": box["width"] - 20, "y": 5})
+    expect(load.locator(".says")).to_contain_text(f"expert 7: {counts[0, 7]} token")
+    load.locator("svg").click(position={"x": box["width"] / 2, "y": 60})
+    expect(page.locator("main h2")).to_have_text("model.layers.2.mlp")
+    expect(strip.locator(".axis")).to_have_text(["token", "expert"])
+    expect(both.locator(".axis")).to_have_text(["expert", "expert"])
+    tab(page, "Kernels")
+    times = page.locator(".map")
+    expect(times.locator(".axis")).to_have_text(["part", "layer"])
+    assert "mlp" in times.locator(".column-tick").all_text_contents()

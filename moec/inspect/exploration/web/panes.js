@@ -1,0 +1,145 @@
+// Panes with a picture of a graph: alone, or of the graphs before and after a pass side by side.
+import {bytes,big,el,facts,link,percent,plural} from './elements.js';
+import {D,MODULE,NAME,R,graphAt,of,word} from './ops.js';
+import {KIND_NAMES,draw,linesOf,timeOf,titleOf} from './picture.js';
+import {ancestors,treeOf} from './tree.js';
+import {panel,pick} from './graph.js';
+import {loadOf} from './routing.js';
+
+const SHOWN=40; // boxes that are opened without a click
+export const panes=[];
+
+// What fills the graph's view; `mountPanes` draws it once it has a width.
+export function pictures(G,tools){
+  panes.length=0;
+  const steps=D.functions[G.f].steps,names=i=>D.comparison?steps[i].name:i===G.step?`after ${steps[i].name}`:`before ${steps[G.step].name}`;
+  const ids=[G.step-1,G.step].map(s=>new Set(s<0?[]:graphAt(G.f,s)));
+  const sides=G.changes?[[G.step-1,'gone',ids[1],D.comparison?'only in A':'removed'],[G.step,'new',ids[0],D.comparison?'only in B':'added']]:[[G.step,'',null,'']];
+  for(const[step,mark,other,markWord]of sides){
+    const status=new Map(other?graphAt(G.f,step).filter(id=>!other.has(id)).map(id=>[id,true]):[]);
+    panes.push(pane(G,{step,mark,markWord,status,label:G.changes?names(step):`Graph ${of} ${steps[step].name}`}));
+  }
+  if(!G.opened){
+    G.opened=new Set(panes.flatMap(p=>p.firstOpen(G.wanted)));
+    G.wanted=null;
+  }
+  if(G.picked)for(const p of panes)if(p.step===G.picked[1])p.openTo(G.picked[2]);
+  const zoom=by=>{const z=Math.max(0.25,Math.min(2,panes[0].zoom*by));panes.forEach(p=>{p.zoom=z;p.redraw()})};
+  const button=(name,label,act)=>el('button',{type:'button','aria-label':label,title:label,onclick:act},name);
+  tools.append(el('span',{class:'choice'},button('−','Smaller',()=>zoom(1/1.2)),button('+','Larger',()=>zoom(1.2)),button('Fit','Fit the width',()=>{panes.forEach(p=>{p.zoom=0});mountPanes()})),
+    link('Open all',()=>{G.opened=new Set(panes.flatMap(p=>p.keys()));panes.forEach(p=>p.redraw())}),
+    link('Close all',()=>{G.opened=new Set();panes.forEach(p=>p.redraw())}));
+  return[el('div',{class:'legend'},...KIND_NAMES.map((n,i)=>el('span',{class:'key'},el('i',{class:`k${i}`}),n))),
+    el('div',{class:'panes'},...panes.map(p=>p.element))];
+}
+export function mountPanes(){
+  if(!panes[0]?.element.isConnected)return;
+  panes.forEach(p=>p.redraw());
+  const zoom=Math.min(...panes.map(p=>p.zoom));
+  for(const p of panes)if(p.zoom>zoom)p.redraw(zoom);
+}
+export function reveal(node){
+  if(!node)return;
+  const frame=node.closest('.frame-scroll'),wide=innerWidth>900;
+  if(frame){
+    const a=node.getBoundingClientRect(),b=frame.getBoundingClientRect();
+    frame.scrollTop+=a.top-b.top-(wide?(b.height-a.height)/2:30);
+    frame.scrollLeft+=a.left-b.left-(b.width-a.width)/2;
+  }
+  (frame??node).scrollIntoView({block:!wide?'start':frame?'nearest':'center'});
+  node.focus({preventScroll:true});
+}
+
+function pane(G,{step,mark,markWord,status,label}){
+  const{root,leaves}=treeOf(G.f,step,status),boxes=new Map();
+  const each=(box,act)=>{for(const c of box.children){act(c);each(c,act)}};
+  each(root,box=>boxes.set(box.key,box));
+  const frame=el('div',{class:'frame-scroll',onclick:clicked,onkeydown:typed});
+  const count=status.size?el('span',{class:mark},`${mark==='gone'?'−':'+'}${status.size}`):'';
+  const p={step,mark,markWord,label,side:mark||'one',zoom:0,get open(){return G.opened},
+    element:el('figure',{class:'pane'},G.changes?el('figcaption',{},label,' ',count):'',frame),
+    find:act=>[...boxes.values()].find(act),keys:()=>[...boxes.values()].filter(b=>b.children.length).map(b=>b.key),
+    load:(box,e)=>loadOf(word(box.id,MODULE),e),isPicked:box=>box.kind==='op'&&!!G.picked&&G.picked[1]===step&&G.picked[2]===box.at,
+    openTo:at=>ancestors(leaves[at]).forEach(b=>G.opened.add(b.key)),
+    markPicked:()=>frame.querySelectorAll('.box.op').forEach(b=>b.classList.toggle('on',p.isPicked(boxes.get(b.dataset.key)))),
+    firstOpen,redraw};
+
+  function firstOpen(wanted){
+    const keys=new Set(),open=box=>[...ancestors(box),box].forEach(b=>keys.add(b.key));
+    let left=SHOWN;
+    const inside=box=>{for(const c of box.children)if(c.experts||c.children.length&&c.kind!=='stack'&&(mark?c.changed:true)&&(left-=c.children.length)>0){keys.add(c.key);inside(c)}};
+    const block=p.find(b=>wanted?b.path===wanted&&b.kind==='group':mark?b.kind==='op'&&b.changed:b.block);
+    if(block){
+      const top=mark&&!wanted?ancestors(block).at(-1)??block:block;
+      open(mark&&!wanted?block.parent.parent?block.parent:block:block);
+      inside(mark&&!wanted&&top.kind!=='stack'?top:block.kind==='op'?block.parent:block);
+    }else inside(root);
+    return[...keys];
+  }
+  function redraw(zoom=0){
+    const room=frame.clientWidth-2,held=frame.firstChild&&[frame.scrollLeft,frame.scrollTop];
+    const first=!p.zoom||zoom>0;
+    if(zoom)p.zoom=zoom;
+    else if(first){
+      p.zoom=1;
+      const width=+draw(root,p).getAttribute('width');
+      p.zoom=Math.max(0.7,Math.min(1,room/width));
+    }
+    const picture=draw(root,p);
+    frame.replaceChildren(picture);
+    const box=picture.querySelector('[data-key][tabindex]');
+    if(box)box.setAttribute('tabindex',0);
+    if(held&&!first)[frame.scrollLeft,frame.scrollTop]=held;
+    else{
+      // At first the middle is shown, or what the pass changed.
+      const seen=mark&&picture.querySelector(`.box.op.${mark}`)?.getBoundingClientRect(),place=frame.getBoundingClientRect();
+      frame.scrollLeft=seen?seen.left+seen.width/2-place.left-room/2:(frame.scrollWidth-room)/2;
+      if(seen)frame.scrollTop=seen.top-place.top-90;
+    }
+  }
+  // A box that opens stays where it is on the screen.
+  function toggle(box){
+    G.opened.has(box.key)?G.opened.delete(box.key):G.opened.add(box.key);
+    const at=key=>frame.querySelector(`[data-key="${CSS.escape(key)}"]`),old=at(box.key).getBoundingClientRect();
+    panes.forEach(x=>x.redraw());
+    const now=at(box.key),place=now.getBoundingClientRect();
+    frame.scrollTop+=place.top-old.top;
+    frame.scrollLeft+=place.left-old.left;
+    now.focus({preventScroll:true});
+  }
+  function act(node){
+    const box=boxes.get(node.dataset.key);
+    if(node.dataset.expert!==undefined)return showExpert(boxes.get(node.parentNode.dataset.key),+node.dataset.expert);
+    if(box.kind==='op')pick(G.f,step,box.at);
+    if(box.children.length||box.experts)toggle(box);
+  }
+  function clicked(event){
+    const node=event.target.closest('[role=button]');
+    if(node)act(node);
+  }
+  function typed(event){
+    const node=event.target.closest('[role=button]');
+    if(!node||event.ctrlKey||event.metaKey||event.altKey)return;
+    const list=[...frame.querySelectorAll('[role=button]')],at=list.indexOf(node),isOpen=node.getAttribute('aria-expanded');
+    const move={ArrowDown:list[at+1],ArrowUp:list[at-1],Home:list[0],End:list.at(-1),
+      ArrowRight:isOpen==='true'?list[at+1]:undefined,ArrowLeft:isOpen==='true'?undefined:node.parentNode.closest('[role=button]')}[event.key];
+    if(event.key==='Enter'||event.key===' '||event.key==='ArrowRight'&&isOpen==='false'||event.key==='ArrowLeft'&&isOpen==='true')act(node);
+    else if(move){move.focus({preventScroll:true});move.scrollIntoView({block:'nearest',inline:'nearest'})}
+    else if(!/^(Arrow|Home|End)/.test(event.key))return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+  return p;
+}
+// One expert: what it holds, and how often it was chosen.
+function showExpert(box,expert){
+  const module=word(box.id,MODULE),block=R.blocks.find(b=>module.startsWith(`${b.name}.`)||module===b.name);
+  const weights=D.weights.filter(w=>(box.weights??[]).some(n=>w.name.replace(/\.packed$/,'').split('+').includes(n)));
+  const load=loadOf(module,expert),size=weights.reduce((n,w)=>n+w.bytes,0);
+  panel(`expert ${expert}`,facts([['of',block?block.name:module],['op',word(box.id,NAME)],
+    ['router',block?.router],['activation',block?.activation],
+    ['parameters',block&&block.experts?big(block.parameters/block.experts):''],
+    ['weights here',size?`${bytes(size/box.experts)}, ${[...new Set(weights.map(w=>w.format))].join(', ')}`:''],
+    ['load',load===null?'':`${load.toFixed(2)} times the mean`]]),
+    load===null?'Its load comes from a recorded routing: --trace.':'');
+}

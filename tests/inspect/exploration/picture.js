@@ -1,0 +1,25 @@
+// What tests of the picture ask of the page.
+({
+  // Arrows that begin or end at no box of their parent.
+  dangling() {
+    return [...document.querySelectorAll('.edge')].filter(edge => {
+      const keys = new Set(['in', 'out', ...[...edge.parentNode.children].map(e => e.dataset.key)]);
+      return !keys.has(edge.dataset.from) || !keys.has(edge.dataset.to);
+    }).map(edge => edge.dataset.from);
+  },
+  // Boxes that lie on another one of their parent.
+  overlapping() {
+    const place = box => box.querySelector('.frame').getBoundingClientRect();
+    return [...document.querySelectorAll('.box')].filter(box => {
+      const a = place(box), others = [...box.parentNode.children].filter(e => e !== box && e.matches('.box'));
+      return others.map(place).some(b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom);
+    }).map(box => box.dataset.key);
+  },
+  // Seconds to open and draw all boxes.
+  opened() {
+    const start = performance.now();
+    [...document.querySelectorAll('button')].find(b => b.textContent === 'Open all').click();
+    document.body.getBoundingClientRect();
+    return (performance.now() - start) / 1e3;
+  },
+})
