@@ -326,20 +326,20 @@ def test_threads_and_two_models_of_one_file(path):
 
 
 def test_closing_ends_the_readers(path):
-    def threads() -> int:
-        return len(os.listdir("/proc/self/task"))
+    def threads() -> set[str]:
+        return set(os.listdir("/proc/self/task"))  # those of others may start meanwhile
 
     first = in_slots(path, readers=4)
     logits(first, IDS)  # the pool of kernels starts with it
     before = threads()
     model = in_slots(path, readers=4)
-    assert threads() == before + 4
     logits(model, IDS)
+    started = threads() - before
     del model
     end = time.monotonic() + 5  # a thread is listed for a moment after it was joined
-    while threads() > before and time.monotonic() < end:
+    while len(started & threads()) > len(started) - 4 and time.monotonic() < end:
         time.sleep(0.01)
-    assert threads() == before
+    assert len(started & threads()) <= len(started) - 4
 
 
 def test_other_functions_are_refused(path):
