@@ -121,7 +121,7 @@ def target_of(target: Any, *, run: bool) -> AnyTarget:
     if run and absent:
         raise UsageError(
             f"this machine lacks {', '.join(absent)}, so the result for {parsed.name} cannot be "
-            "verified here: switch verification off (verify=False, --verify off)"
+            'verified here: verify its graph and weights alone (verify="quick", --verify quick)'
         )
     return parsed
 

@@ -102,8 +102,8 @@ def _notes(compiled: Compilation) -> tuple[str, ...]:
         notes += package.notes
     if package and missing_features(compiled.target):
         notes += (
-            f"compiled for {compiled.target.name}, which this machine cannot run: not verified, "
-            "and saved without samples",
+            f"compiled for {compiled.target.name}, which this machine cannot run: the code was not "
+            "verified, and is saved without samples",
         )
     if for_gpu is not None:
         notes += (f"code for {for_gpu.target_name} is included, and was not verified",)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moec.files.printable import all_printable, preformatted
 from moec.passes.core.damage import Damage
 from moec.report.damage_text import distance
-from moec.report.data import WHOLE, Block, ErrorLine, PassLine, PortLine, QuantisedLine, ReportData
+from moec.report.data import WHOLE, Block, PassLine, PortLine, QuantisedLine, ReportData
 from moec.report.units import collapse_layer_indices, count, counted, seconds, size
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def _facts(report: ReportData) -> Iterator[tuple[str, str]]:
     if report.moved:
         rows = ", ".join(f"{m.moved} of {m.rows} rows of {m.output}" for m in report.moved)
         yield "", f"{rows} have another argmax than unquantised"
-    reference = "the quantised graph" if report.quantised else "eager"
-    yield "verified", _verified(report.verification, reference)
+    yield "verified", _verified(report)
     for line in report.checked_kernels.splitlines():
         yield "", line
     if report.text:
@@ -92,10 +91,13 @@ def _quantised(lines: Sequence[QuantisedLine]) -> str:
     return f"{formats}: {covered} of {parts} parts, error of weights at most {worst:.1e}"
 
 
-def _verified(lines: Sequence[ErrorLine], reference: str) -> str:
-    if not lines:
+def _verified(report: ReportData) -> str:
+    if report.verified == "quick":
+        return "quick: the graph and the weights, without running the code"
+    if not report.verification:
         return "no: the code was not compared with eager"
-    worst = max(lines, key=lambda line: line.error / line.tolerance)
+    reference = "the quantised graph" if report.quantised else "eager"
+    worst = max(report.verification, key=lambda line: line.error / line.tolerance)
     rows = "" if worst.error <= worst.tolerance else ": each kernel is right, see the note"
     return (
         f"against {reference}: error of {worst.output} {worst.error:.1e}, "

@@ -90,8 +90,9 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
         yield ""
         yield _quantised(report.quantised)
         yield from _calibrated(report.quantised)
-    if report.verification:
+    if report.verification or report.checked_kernels:
         yield ""
+    if report.verification:
         yield _verification(report.verification, bool(report.quantised))
     yield from map(Text, report.checked_kernels.splitlines())
     if report.moved:

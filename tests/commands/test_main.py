@@ -61,7 +61,7 @@ def test_no_command_shows_the_help() -> None:
         (["compil"], "error: no such command 'compil'; did you mean 'compile'?"),
         (["frobnicate"], "error: no such command 'frobnicate'; the commands are compile, run"),
         (["compile"], "error: Missing argument 'MODEL'; see moec compile --help"),
-        (["compile", "m", "--verify", "soon"], "'soon' is not a tolerance"),
+        (["compile", "m", "--verify", "soon"], "give TOL|off|quick|full|layers|whole"),
         (["compile", "m", "--verify", "-1"], "'-1' is not a tolerance"),
         (["compile", "m", "--verify", "nan"], "'nan' is not a tolerance"),
         (["compile", "m", "--dtype", "int8"], "'int8' is not one of float32, bfloat16, float16"),

@@ -70,7 +70,7 @@ class Tolerance(click.ParamType[Any]):
         except ValueError:
             number = -1.0
         if not 0 < number < float("inf"):
-            self.fail(f"{value!r} is not a tolerance: give a number such as 1e-4, or off")
+            self.fail(f"{value!r} is not a tolerance: give {self.name}, TOL being such as 1e-4")
         return number
 
 

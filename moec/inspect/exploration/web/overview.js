@@ -45,7 +45,7 @@ function whatMoecDid(){
       ['recognised',B.length?`${plural(B.length,'MoE block')}: ${[...new Set(B.map(b=>`${b.router}; ${b.activation}`))].join(' · ')}`:'no MoE block'],
       ['proof',B.length?'each block and what replaced it had the same results on random routings':''],
       ['declined',D.declined.length?plural(D.declined.length,'candidate')+', see below':'none'],
-      ['verified',V.length?`${R.verified==='layers'?'layer by layer':'the whole model'} against eager: ${wrong?`${plural(wrong,'output')} beyond the tolerance, each kernel is right: see the note`:
+      ['verified',R.verified==='quick'?'quick: the graph and the weights, without running the code':V.length?`${R.verified==='layers'?'layer by layer':'the whole model'} against eager: ${wrong?`${plural(wrong,'output')} beyond the tolerance, each kernel is right: see the note`:
         `error of ${V[0].output} ${V[0].error.toExponential(1)}, ${V[0].tolerance.toExponential(0)} allowed`}`:'no: the code was not compared with eager'],
       ['kernels',R.checked_kernels],
       ['calls',Object.entries(R.kernels).map(([k,n])=>`${n} x ${k}`).join(', ')],
