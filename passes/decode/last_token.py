@@ -2,8 +2,8 @@
 
     logits[B, S, V]  ->  logits[B, Q, V] of the tokens in rows rows[b, q] of the B*S tokens
 
-Q is 1 where one token is drawn, and S where several guesses of it are verified. Values that the
-caches need are computed for all tokens. The other ops (the last layer's experts, the norm, the
+Q is 1 where one token is drawn, and S where several guesses of it are verified. What caches or
+convolutions need is computed for all tokens. The other ops (the last layer's experts, the norm, the
 head) read Q consecutive rows per sequence; `last[b]` is the position of the first in its sequence.
 Choices that layers share are sorted again, because the selected rows have another order by expert
 than all rows.
@@ -66,7 +66,7 @@ def last_only(graph: Graph) -> Graph:
     )
     flat = builder.reshape(rows, (canonical(batch * queries),), like=graph.ops[0], named=ROWS)
     n = Narrowing(graph, batch, sequence, builder, flat, ResizedTokens(sequence, queries))
-    shared = _cache_ops(graph)
+    shared = _ops_of_all_tokens(graph)
     narrow: dict[Value, Value] = {}
     for op in graph.ops:
         if op in shared:
@@ -110,12 +110,12 @@ def _is_sorted(graph: Graph, value: Value) -> bool:
     return source is not None and source.name in SORTS
 
 
-def _cache_ops(graph: Graph) -> set[Op]:
-    """The ops that the new contents of a cache depend on."""
+def _ops_of_all_tokens(graph: Graph) -> set[Op]:
+    """Ops that new contents of caches depend on, or convolutions, which read earlier tokens too."""
     needed = {state.after for state in graph.states}
     ops: set[Op] = set()
     for op in reversed(graph.ops):
-        if needed.intersection(op.outputs):
+        if needed.intersection(op.outputs) or op.name == "aten.convolution.default":
             ops.add(op)
             needed.update(op.inputs)
     return ops

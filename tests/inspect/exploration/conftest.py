@@ -26,7 +26,7 @@ class Files:
 @pytest.fixture(scope="session")
 def files(once: Once, tiny_moe: Path) -> Files:
     def write(folder: Path) -> None:
-        moec.compile(tiny_moe, record_routing=True, verify=False).save(folder / "tiny.moec")
+        moec.compile(tiny_moe, record_routing=True, verify="quick").save(folder / "tiny.moec")
         model = moec.load(folder / "tiny.moec")
         with model.record_routing() as recorder:
             model.generate("def read_lines(path):", max_new_tokens=8)

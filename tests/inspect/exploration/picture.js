@@ -7,11 +7,13 @@
       return !keys.has(edge.dataset.from) || !keys.has(edge.dataset.to);
     }).map(edge => edge.dataset.from);
   },
-  // Boxes that lie on another one of their parent.
+  // Boxes that lie on another one of their parent, or leave it.
   overlapping() {
     const place = box => box.querySelector('.frame').getBoundingClientRect();
     return [...document.querySelectorAll('.box')].filter(box => {
       const a = place(box), others = [...box.parentNode.children].filter(e => e !== box && e.matches('.box'));
+      const outer = box.parentNode.closest('.box'), b = outer && place(outer);
+      if (b && (a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom)) return true;
       return others.map(place).some(b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom);
     }).map(box => box.dataset.key);
   },

@@ -104,7 +104,7 @@ def test_the_first_screen(artifact_page: str, model_page: Any, open_page: Open) 
         "mixture of experts, continues text; 4, all with experts; 8 a layer, 2 per token; 3.48 M,"
         " 1.12 M active per token (32 %); 7.2 MB packed; experts 6.3 MB, bf16",
         "changed the graph: 412 ops; 4 MoE blocks: softmax, top-2, renormalised; swiglu;"
-        " the same results on random routings; the code was not compared with eager",
+        " the same results on random routings; quick: the graph and the weights",
         "decode: ; prefill: ; (between kernels); mlp; self_attn",
     )
     for section, words in zip(page.locator(".first section").all(), sentences, strict=True):
