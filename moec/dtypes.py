@@ -28,8 +28,5 @@ MODEL_DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes to which the weights of a model may be converted."""
 VECTOR_DTYPES = ("f32", "bf16", "f16")
 """The dtypes of the elements of vectors in kernels."""
-SHORT_NAMES = {name: LONG_NAMES[name] for name in VECTOR_DTYPES} | {
-    "fp32": "float32",
-    "fp16": "float16",
-}
+SHORT_NAMES = {n: LONG_NAMES[n] for n in VECTOR_DTYPES} | {"fp32": "float32", "fp16": "float16"}
 """Other names of `MODEL_DTYPES` that are taken from users."""
