@@ -94,7 +94,7 @@ class Linear:
         planes = layout.row_codes.planes
         self.words, self.sums, self.blocks = planes * layout.x_words, planes, layout.blocks
         self.columns, self.row_bits = n, format.row_bits
-        self.gated, self.top_k = gated, how.get("top_k", 0)
+        self.layout, self.gated, self.top_k = layout, gated, how.get("top_k", 0)
         self.packed = [tensor(pack_codes(layout, *(q.codes for q in codes)))]
         self.packed += [tensor(pack_scales(layout, *(q.scales for q in codes)))]
         if format.asymmetric:
