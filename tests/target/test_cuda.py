@@ -111,7 +111,7 @@ def test_what_cannot_run_here_is_refused_before_the_model_is_looked_at(
     name = getattr(target, "name", target)
     words = (
         rf"lacks an NVIDIA driver \(libcuda.so.1\), so the result for {name} cannot be verified "
-        r"here: switch verification off"
+        r"here: verify its graph and weights alone"
     )
     with pytest.raises(UsageError, match=words):
         moec.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), target=target)
