@@ -6,16 +6,17 @@
 after all passes of TVM and moec, with its target and options; `llvm`: the functions that it
 imports. `program`: the calls of kernels and the memory that Relax planned.
 
-Each owner of records starts with an empty cache of moec, since cached results would not be
-recorded. Of a Hypothesis test, the explicit examples run, and one generated example, the simplest:
-the others depend on the source of the tests. Work in processes other than the test's is not
-recorded.
+A test owns the file `FOLDER/<its id>.txt`; what tests share (a fixture of a wider scope, a cached
+function) is made as often as processes need it, so its file is named by its content too. Each owner
+starts with an empty cache of moec, since cached results would not be recorded. Of a Hypothesis
+test, the explicit examples run, and one generated example, the simplest: the others depend on the
+source of the tests. Work in processes other than the test's is not recorded.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import hashlib
 import re
 import sys
 import tempfile
@@ -26,8 +27,6 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase, is_hypothesis_test, settings
-
-from tests.replay.records import Folder, Owner, Record
 
 PLUGIN = "moec-replay"
 LLVM = "target.build.llvm"
@@ -42,8 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("--replay")
     if folder and not config.pluginmanager.has_plugin(PLUGIN):
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-        config.pluginmanager.register(Recorder(Folder(Path(folder).resolve()), worker), PLUGIN)
+        config.pluginmanager.register(Recorder(Path(folder).resolve()), PLUGIN)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -59,10 +57,9 @@ def _recorder(config: pytest.Config) -> Recorder | None:
 class Recorder:
     """Between its construction and `stop` it watches passes and compilations of this process."""
 
-    def __init__(self, folder: Folder, worker: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._worker = worker
-        self._open: list[list[Record]] = []
+        self._open: list[list[str]] = []
         self._patch = pytest.MonkeyPatch()
         self._watch_passes()
         self._watch_programs()
@@ -78,7 +75,7 @@ class Recorder:
 
     def _add(self, kind: str, name: str, text: str) -> None:
         if self._open:
-            self._open[-1].append(Record(kind, name, self._folder.add_text(text)))
+            self._open[-1].append(f"== {kind} {name}\n{text.strip()}\n")
 
     def _watch_passes(self) -> None:
         """Each pass that runs makes a PassResult."""
@@ -125,7 +122,7 @@ class Recorder:
     # Who made it.
 
     @contextmanager
-    def _owner(self, key: str, *, shared: bool) -> Iterator[None]:
+    def _owner(self, name: str, *, shared: bool) -> Iterator[None]:
         self._open.append([])
         try:
             with tempfile.TemporaryDirectory(prefix="moec-replay-") as cache:
@@ -133,14 +130,14 @@ class Recorder:
                     patch.setenv("MOEC_CACHE", cache)
                     yield
         finally:
-            records = self._open.pop()
-            if records:
-                self._folder.add_owner(Owner(key, shared, tuple(records)), self._worker)
+            if text := "".join(sorted(self._open.pop())):
+                file = self._folder / file_name(name, text if shared else "")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        names = [node.name for node in item.listchain() if isinstance(node, pytest.Class)]
-        with self._owner(".".join([*names, item.name]), shared=False):
+        with self._owner(item.nodeid, shared=False):
             return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -149,7 +146,7 @@ class Recorder:
     ) -> Generator[None, Any, Any]:
         if fixturedef.scope == "function":
             return (yield)
-        with self._owner(f"fixture {fixturedef.argname}", shared=True):
+        with self._owner(f"fixture/{fixturedef.argname}", shared=True):
             return (yield)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -169,10 +166,19 @@ class Recorder:
 
         @functools.wraps(cached)
         def call(*args: Any, **options: Any) -> Any:
-            with self._owner(f"cached {cached.__name__}", shared=True):
+            with self._owner(f"cached/{cached.__name__}", shared=True):
                 return cached(*args, **options)
 
         return call
+
+
+def file_name(owner: str, text: str) -> str:
+    """A path of names that every file system takes; with a text, it says which text."""
+    path, _, test = owner.partition("::")
+    name = re.sub(r"[^\w.\[\]-]+", "_", test)
+    if text or name != test or len(name) > 150:
+        name = f"{name[:150]}-{hashlib.sha256((test + text).encode()).hexdigest()[:12]}"
+    return f"{path}/{name}.txt"
 
 
 def stable(name: str, text: str) -> str:

@@ -11,104 +11,45 @@ from pathlib import Path
 import pytest
 
 from moec.target.cpu import TARGETS
-from tests.replay.__main__ import main
-from tests.replay.compare import LINES, compare, report
-from tests.replay.plugin import stable
-from tests.replay.records import FORMAT, Folder, Owner, Record
+from tests.replay.__main__ import ReplayError, compare, main
+from tests.replay.plugin import file_name, stable
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def folder(path: Path, *owners: tuple[str, dict[str, str]], shared: bool = False) -> Folder:
-    """(key, {"kind name": text}) of each owner."""
-    written = Folder(path)
-    for key, texts in owners:
-        records = (
-            Record(*name.split(), written.add_text(text))  # type: ignore[call-arg]
-            for name, text in texts.items()
-        )
-        written.add_owner(Owner(key, shared, tuple(records)), "main")
-    return written
+def write(path: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
 
 
-def lines(before: Folder, after: Folder) -> str:
-    return "\n".join(report(compare(before, after), before, after))
-
-
-def test_a_changed_text_is_shown_once(tmp_path):
-    before = folder(
-        tmp_path / "a",
-        ("test_gate", {"kernel gate": "a\nb\nc\n", "graph fuse": "g"}),
-        ("test_gate[2]", {"kernel gate": "a\nb\nc\nd\n"}),
-    )
-    after = folder(
-        tmp_path / "b",
-        ("test_gate[2]", {"kernel gate": "a\nB\nc\nd\n"}),
-        ("test_gate", {"kernel gate": "a\nB\nc\n", "graph fuse": "g"}),
-    )
-    text = lines(before, after)
-    assert text.count("kernel gate of test_gate, and 1 more that differ alike:") == 1
-    assert text.count("--- base") == 1
-    assert "\n-b\n+B\n" in text
-    assert "graph" not in text
-    assert text.endswith("replay: 2 differences in 2 tests")
-
-
-def test_records_come_and_go(tmp_path):
-    before = folder(tmp_path / "a", ("test_x", {"graph fuse": "g", "kernel one": "1"}))
-    after = folder(tmp_path / "b", ("test_x", {"graph fuse": "g", "kernel two": "2"}))
-    text = lines(before, after)
-    assert "kernel one of test_x\n--- base\n+++ this commit\n@@ -1 +0,0 @@\n-1" in text
-    assert "kernel two of test_x\n--- base\n+++ this commit\n@@ -0,0 +1 @@\n+2" in text
-
-
-def test_order_processes_and_new_names_are_no_difference(tmp_path):
-    gate, norm = {"kernel gate": "g"}, {"kernel norm": "n"}
-    before = folder(tmp_path / "a", ("test_text", gate), ("test_text", norm), ("test_old", gate))
-    folder(tmp_path / "a", ("fixture model", norm), shared=True)
-    after = folder(tmp_path / "b", ("test_text", norm), ("test_new", gate), ("test_text", gate))
-    folder(tmp_path / "b", ("fixture model", norm), ("fixture model", norm), shared=True)
-    assert lines(before, after) == "replay: no difference in 2 graphs, programs and kernels"
-
-
-def test_one_of_two_tests_of_a_name_changes(tmp_path):
-    before = folder(
-        tmp_path / "a", ("test_text", {"graph f": "1"}), ("test_text", {"graph f": "2"})
-    )
-    after = folder(tmp_path / "b", ("test_text", {"graph f": "3"}), ("test_text", {"graph f": "1"}))
-    text = lines(before, after)
-    assert "-2\n+3" in text
-    assert "1 differences in 1 tests" in text
-
-
-def test_what_one_run_alone_has_is_named(tmp_path):
-    before = folder(tmp_path / "a", ("test_x", {"graph f": "1"}), ("test_lost", {"graph f": "2"}))
-    new = [(f"test_{n}", {"graph f": str(n)}) for n in range(3, 10)]
-    after = folder(tmp_path / "b", ("test_x", {"graph f": "1"}), *new)
-    assert lines(before, after).splitlines() == [
-        "only at base, compared with nothing: test_lost",
-        "only at this commit, compared with nothing: "
-        "test_3, test_4, test_5, test_6, test_7 and 2 more",
-        "replay: no difference in 8 graphs, programs and kernels",
-    ]
-
-
-def test_long_differences_are_cut(tmp_path):
-    before = folder(tmp_path / "a", ("test_x", {"graph f": "a\n" * 100}))
-    after = folder(tmp_path / "b", ("test_x", {"graph f": "b\n" * 100}))
-    assert f"... {203 - LINES} lines more" in lines(before, after)
+def test_what_changed_is_shown_and_what_moved_is_not(tmp_path, capsys):
+    gate = "== kernel gate\n" + "\n".join("abcdefgh")
+    write(tmp_path / "base", {"test_a.py/test_gate.txt": gate, "test_a.py/test_x.txt": "x"})
+    write(tmp_path / "here", {"test_b.py/test_gate.txt": gate, "test_a.py/test_x.txt": "x"})
+    assert compare(tmp_path) == 0
+    assert "replay: 0 differences in 2 tests" in capsys.readouterr().out
+    write(tmp_path / "here", {"test_b.py/test_gate.txt": gate.replace("c", "C")})
+    assert compare(tmp_path) == 1
+    text = capsys.readouterr().out
+    assert "\n-c\n+C\n" in text
+    assert text.endswith("replay: 1 differences in 2 tests and what they share\n")
+    (tmp_path / "here" / "test_a.py" / "test_x.txt").unlink()
+    assert compare(tmp_path) == 1, "a test that is gone"
 
 
 def test_nothing_recorded_is_not_equality(tmp_path):
-    full = folder(tmp_path / "a", ("test_x", {"graph f": "1"}))
-    with pytest.raises(ValueError, match="the run of this commit recorded nothing"):
-        compare(full, Folder(tmp_path / "none"))
+    write(tmp_path / "base", {"test_a.py/test_x.txt": "x"})
+    with pytest.raises(ReplayError, match="nothing is compared: 1 and 0 records"):
+        compare(tmp_path)
 
 
-def test_records_of_another_format(tmp_path):
-    (tmp_path / "owners-main.jsonl").write_text('[99, "test_x", false, []]\n')
-    with pytest.raises(ValueError, match=f"records have format 99, this reads {FORMAT}"):
-        list(Folder(tmp_path).owners())
+@pytest.mark.parametrize("owner", ["a.py::t[x/y]", "a.py::t[" + "z" * 300 + "]", "fixture/model"])
+def test_names_of_files(owner):
+    name = file_name(owner, "text")
+    assert len(Path(name).name) < 200
+    assert name != file_name(owner, "other"), "what is shared has a file for each text"
+    assert file_name(owner, "") != file_name(owner[:-1] + "+", "")
 
 
 SUITE = """
@@ -175,45 +116,44 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_a_suite_is_recorded(tmp_path):
+def test_a_suite_is_recorded(tmp_path, capsys):
     """In a process of its own: pytest within pytest shares modules and plugins."""
-    folders = []
-    for name, op, number in (("a", "relu", 1), ("b", "tanh", 7)):
-        folders.append(Folder(tmp_path / name))
-        folders[-1].path.mkdir()
-        text = textwrap.dedent(SUITE).format(op=op, number=number)
-        (tmp_path / name / "suite.py").write_text(text)
+    folders = [tmp_path / "base", tmp_path / "here"]
+    for folder, op, number in zip(folders, ("relu", "tanh"), (1, 7), strict=True):
+        folder.mkdir()
+        (folder / "suite.py").write_text(textwrap.dedent(SUITE).format(op=op, number=number))
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *(str(f.path) for f in folders)],
+        [sys.executable, "-c", RUN, *map(str, folders)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    before, after = folders
-    names = {owner.key: [r[:2] for r in owner.records] for owner in before.owners()}
-    assert names == {
-        "fixture program": [("graph", "capture"), ("graph", "canonicalise")],
-        "cached kernel": [("kernel", "fill"), ("llvm", "fill")],
-        "test_module": [
-            ("program", "main"),
-            ("kernel", "fused_relu"),
-            ("llvm", "fused_relu"),
-        ],
+    texts = {
+        str(file.relative_to(folders[0])): file.read_text() for file in folders[0].rglob("*.txt")
     }
-    kernels = [o.records[0].digest for o in before.owners() if o.key == "cached kernel"]
-    texts = [before.text(digest) for digest in kernels]
-    assert len(texts) == 3, "one example is generated, the simplest"
-    assert ["1.0" in texts[0], "90.0" in texts[1], "0.0" in texts[2]] == [True] * 3
-    assert all(f'"mcpu":"{TARGETS["avx2"].tvm()["mcpu"]}"' in text for text in texts)
-    text = lines(before, after)
+    headers = {
+        name: [line[3:] for line in text.splitlines() if line.startswith("== ")]
+        for name, text in texts.items()
+    }
+    kernels = sorted(text for name, text in texts.items() if name.startswith("cached/kernel"))
+    assert len(kernels) == 3, "one example is generated, the simplest"
+    for number in ("1.0", "90.0", "0.0"):
+        assert any(f"T.float32({number})" in text for text in kernels)
+    assert all(f'"mcpu":"{TARGETS["avx2"].tvm()["mcpu"]}"' in text for text in kernels)
+    assert sorted(map(tuple, headers.values())) == [
+        ("graph canonicalise", "graph capture"),
+        *[("kernel fill", "llvm fill")] * 3,
+        ("kernel fused_relu", "llvm fused_relu", "program main"),
+    ]
+    assert compare(tmp_path) == 1
+    text = capsys.readouterr().out
     assert "aten.relu" in text
     assert "aten.tanh" in text
     assert "7.0" in text
     assert "90.0" not in text
-    [module] = [owner for owner in after.owners() if owner.key == "test_module"]
-    assert "@moec_tanh_f32(" in after.text(module.records[2].digest)
+    assert "@moec_tanh_f32(" in text
 
 
 def test_names_hold_no_content():
