@@ -18,16 +18,16 @@ import torch
 import tvm
 from tvm import relax, tirx
 
-from moec.codegen.backend import Backend, Refusal, Selection
+from moec.codegen.backend import Backend, Refusal, Rule, Selection
 from moec.codegen.destinations import ATTRIBUTE
-from moec.codegen.fusion import partition
+from moec.codegen.fusion import FusionGroup, partition
 from moec.codegen.host_sizes import with_host_sizes
 from moec.codegen.index_ranges import moved_from
 from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Lowering, ModuleBuilder, Param
 from moec.codegen.rules.sizes import bind_host_sizes
 from moec.codegen.unsupported import check
-from moec.errors import UnsupportedError
+from moec.errors import MoecError, UnsupportedError, first_line
 from moec.ir.graph import Graph, Module, Op, TensorType, Value
 from moec.ir.index_uses import REQUIRE, IndexUse, index_uses
 from moec.ir.value_ranges import ValueRanges
@@ -176,6 +176,22 @@ def unsupported(graph: Graph, backend: Backend) -> str:
     return ""
 
 
+def _emit(low: Lowering, group: FusionGroup, rule: Rule | None) -> Sequence[relax.Expr]:
+    """The results of a group. What TVM or a rule raises by mistake names the op and its shapes."""
+    root = group.root
+    try:
+        return low.group(group) if rule is None else rule.emit(low, root)
+    except MoecError:
+        raise
+    except Exception as why:
+        types = [", ".join(map(str, values)) for values in (root.inputs, root.outputs)]
+        raise UnsupportedError(
+            f"operator {root.name} at {root.origin or root.line or root.outputs[0].name}, "
+            f"{types[0]} -> {types[1]}, has no kernel: {first_line(why)}, a defect of moec; run "
+            "the part that contains it outside of the compiled module"
+        ) from why
+
+
 def _function(
     name: str,
     graph: Graph,
@@ -214,8 +230,7 @@ def _function(
                 if all(value in low.values for value in group.root.outputs):
                     continue  # emitted together with another op
                 rule, low.root, low.noted = rules.get(group.root), group.root, []
-                results = low.group(group) if rule is None else rule.emit(low, group.root)
-                low.values |= dict(zip(group.root.outputs, results, strict=True))
+                low.values |= dict(zip(group.root.outputs, _emit(low, group, rule), strict=True))
                 if group.root.name == "moec.size":
                     read.discard(str(group.root.attrs["name"]))
                     bind_host_sizes(low, unbound, read)

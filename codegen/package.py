@@ -222,7 +222,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     same_type = a.shape == b.shape and a.dtype == b.dtype
     if same_type and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
-    return same_type and torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+    flat = (t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (a, b))
+    return same_type and torch.equal(*flat)
 
 
 def packed_arrays(

@@ -53,6 +53,11 @@ def example_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, A
                 "an example input is a numpy array: give torch tensors (torch.from_numpy); the "
                 "compiled model takes either"
             )
+        if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided:
+            raise UsageError(
+                f"an example input has the layout {leaf.layout}: moec takes dense tensors "
+                "(tensor.to_dense())"
+            )
     return tuple(args), named
 
 

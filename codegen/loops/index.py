@@ -79,9 +79,9 @@ def mul(a: Index, b: Index) -> Index:
 
 
 def div(a: Index, b: Index) -> Index:
-    """a // b for a >= 0 and b > 0."""
-    if b.constant == 1:
-        return a
+    """a // b for a >= 0; 0 where b is 0, in loops that never run."""
+    if b.constant in (0, 1):
+        return a if b.constant else b
     if a.constant is not None and b.constant is not None:
         return const(a.constant // b.constant)
     high = a.high // b.constant if a.high is not None and b.constant else a.high
@@ -89,7 +89,9 @@ def div(a: Index, b: Index) -> Index:
 
 
 def mod(a: Index, b: Index) -> Index:
-    """a % b for a >= 0 and b > 0."""
+    """a % b for a >= 0; 0 where b is 0, in loops that never run."""
+    if b.constant == 0:
+        return b
     if a.constant is not None and b.constant is not None:
         return const(a.constant % b.constant)
     if a.high is not None and b.low is not None and a.high < b.low:
@@ -107,18 +109,18 @@ def wide(x: Expr) -> Expr:
 def quotient(a: Expr, b: Expr) -> Expr:
     """a // b for a >= 0.
 
-    If b is a size that may be 0, the division is never executed. But TVM would conclude from it
-    that b is not 0, and might hoist it. A call of an LLVM function hides the division from TVM.
+    If b is 0, or a size that may be 0, the division is never executed. But TVM would conclude from
+    it that b is not 0, and might hoist it. A call of an LLVM function hides the division from TVM.
     """
     if isinstance(b, tirx.IntImm):
-        return tirx.truncdiv(a, b)
+        return tirx.truncdiv(a, b) if b.value else b
     return T.call_extern("int64", "moec_quotient_i64", wide(a), wide(b))
 
 
 def remainder(a: Expr, b: Expr) -> Expr:
     """a % b for a >= 0, hidden from TVM like `quotient`."""
     if isinstance(b, tirx.IntImm):
-        return tirx.truncmod(a, b)
+        return tirx.truncmod(a, b) if b.value else b
     return T.call_extern("int64", "moec_rest_i64", wide(a), wide(b))
 
 

@@ -75,16 +75,21 @@ class Kind(Enum):
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options; `moec list passes` prints its docstring.
 
-    `takes` is the last stage that its input may have, `gives` the earliest stage of its output.
+    `takes` is the last stage that its input may have, `gives` the earliest stage of its output:
+    GROUPED, which allows all ops, unless a pass says otherwise.
     `binds` maps the names of inputs of the model to the constants that the pass binds them to.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def takes(self) -> Stage: ...
+    def takes(self) -> Stage:
+        return Stage.GROUPED
+
     @property
-    def gives(self) -> Stage: ...
+    def gives(self) -> Stage:
+        return Stage.GROUPED
+
     @property
     def kind(self) -> Kind:
         return Kind.EXACT

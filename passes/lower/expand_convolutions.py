@@ -23,7 +23,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.graph import Attr, Op, Program, Ref, TensorType, Value
 from moec.ir.sizes.dims import Dim, canonical, product
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -38,8 +38,6 @@ class ExpandConvolutions(Pass):
     covers."""
 
     name: ClassVar[str] = "expand-convolutions"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)
@@ -75,6 +73,8 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     if op.attrs.get("groups", 1) != 1 or len(op.inputs[0].shape) < 3:
         return None
+    if not all(isinstance(size, int) for size in op.inputs[1].shape[2:]):
+        raise NoMatch("the sizes of its kernel vary: it stays a loop")
     convolution = _convolution(op)
     if _has_decode_state(convolution):
         return None

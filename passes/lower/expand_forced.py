@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.graph import Attr, Op, Program, Ref, TensorType, Value
 from moec.ir.ops.routing.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -26,8 +26,6 @@ class ExpandForced(Pass):
     """Write out the replacement of a token's last choice by a forced expert."""
 
     name: ClassVar[str] = "expand-forced"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
 from moec.ir.ops.routing.gate import groups_of
 from moec.ir.sizes.dims import Dim
 from moec.passes.core.rewrite import Builder, rewrite
@@ -29,8 +29,6 @@ class ExpandHierarchies(Pass):
     """Write out gates at two levels: one softmax within all groups, and two sums."""
 
     name: ClassVar[str] = "expand-hierarchies"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)

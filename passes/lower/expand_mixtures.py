@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from moec.ir.graph import Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Op, Program, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
@@ -23,8 +23,6 @@ class ExpandMixtures(Pass):
     """Write out the experts of a mixture, and the sum of their weighted results."""
 
     name: ClassVar[str] = "expand-mixtures"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Attr, Op, Program, TensorType, Value
 from moec.ir.sizes.dims import Dim
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -25,8 +25,6 @@ class ExpandNeurons(Pass):
     """Write out experts of one neuron: two sums over gathered rows, which are never stored."""
 
     name: ClassVar[str] = "expand-neurons"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)

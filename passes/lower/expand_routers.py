@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.dtypes import HALVES
-from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.graph import Attr, Op, Program, Ref, TensorType, Value
 from moec.ir.opdef import inputs_of
 from moec.ir.ops.routing.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
@@ -31,8 +31,6 @@ class ExpandRouters(Pass):
     """Write out routers whose logits or correction are float64."""
 
     name: ClassVar[str] = "expand-routers"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)

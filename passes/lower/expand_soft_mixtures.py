@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Attr, Op, Program, TensorType, Value
 from moec.ir.opdef import integer
 from moec.ir.ops.experts.soft_mixture import slots_of
 from moec.ir.sizes.dims import Dim, product
@@ -31,8 +31,6 @@ class ExpandSoftMixtures(Pass):
     """Write out a soft mixture: softmaxes, products, and its experts over all slots at once."""
 
     name: ClassVar[str] = "expand-soft-mixtures"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, expand, log), program.weights)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.graph import Attr, DType, Graph, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.ir.sizes.dims import symbol
 from moec.ir.traits import is_pointwise
@@ -31,8 +31,6 @@ class FuseActivation(Pass):
     """Evaluate the activation between two grouped linears (SwiGLU, GeGLU …) inside the first."""
 
     name: ClassVar[str] = "fuse-activation"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, fuse_activation, log), program.weights)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Attr, DType, Op, Program, Stage, Value
+from moec.ir.graph import Attr, DType, Op, Program, Value
 from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -23,8 +23,6 @@ class FuseCombine(Pass):
     """Join the last grouped linear with the sum over each token's choices."""
 
     name: ClassVar[str] = "fuse-combine"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, fuse_combine, log), program.weights)

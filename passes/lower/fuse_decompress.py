@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.graph import Attr, Op, Program, Stage, Value
+from moec.ir.graph import Attr, Op, Program, Value
 from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -25,8 +25,6 @@ class FuseDecompress(Pass):
     """Decode compressed weights of experts inside the products that read them."""
 
     name: ClassVar[str] = "fuse-decompress"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         return Program(rewrite(program.graph, fuse_decompress, log), program.weights)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.graph import DType, Op, Program, Stage, Value
+from moec.ir.graph import DType, Op, Program, Value
 from moec.ir.opdef import integer
 from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.ir.sizes.dims import canonical
@@ -32,8 +32,6 @@ class FuseDispatch(Pass):
     """Gather rows inside the first grouped linear; keep the last one's rows in float32."""
 
     name: ClassVar[str] = "fuse-dispatch"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
 
     def run(self, program: Program, log: Log) -> Program:
         graph = rewrite(program.graph, sort_choices, log)

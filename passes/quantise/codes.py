@@ -13,7 +13,7 @@ from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
 from moec.ir.formats.integer import MOST_SUMMED, Quantised, quantise
 from moec.ir.formats.notation import Format
-from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Kind, Log, Pass
 from moec.sources.memory.memory import InMemory
@@ -113,8 +113,6 @@ class Codes:
 class QuantisingPass(Pass, ABC):
     """A pass that replaces weights by codes and scales."""
 
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
     kind: ClassVar[Kind] = Kind.QUANTISES
 
     @abstractmethod

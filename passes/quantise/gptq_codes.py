@@ -17,7 +17,7 @@ from torch import Tensor
 from moec.errors import NoMatch
 from moec.ir.formats.integer import Quantised, dequantise, encode, quantise, rounded
 from moec.ir.formats.notation import Format
-from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.graph import Op, Program, Value
 from moec.ir.interpret.evaluate import bind_checked, run_part
 from moec.ir.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
@@ -47,8 +47,6 @@ class CalibratedQuantisation(Pass):
     inner: QuantisingPass
     calib: Any
     files: Mapping[str, bytes]
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
     kind: ClassVar[Kind] = Kind.QUANTISES
 
     @property

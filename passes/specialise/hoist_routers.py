@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.graph import Graph, Op, Program, Value
 from moec.ir.sizes.dims import symbols
 from moec.ir.traits import PRODUCTS
 from moec.passes.core.moe_layer import name_of
@@ -33,8 +33,6 @@ class HoistRouters(Pass):
     """Evaluate routers that read no hidden state before all layers, as a separate function."""
 
     name: ClassVar[str] = "hoist-routers"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
     source: ClassVar[str] = "Read-ME, arXiv 2410.19123; RAPHAEL, arXiv 2305.18295"
 
     def run(self, program: Program, log: Log) -> Program:

@@ -73,6 +73,8 @@ def gather(p: Point) -> Scalar:
 @point("index_select", cost=2, same_position=False, exact=True)
 def index_select(p: Point) -> Scalar:
     value = p["self"]
+    if not value.shape:
+        return p.read(value, ())
     axis = wrap(p["dim"], len(value.shape))
     ids = p["index"]
     inner = (p.at[axis],) if ids.shape else ()

@@ -120,6 +120,8 @@ def repeat(p: Point) -> Scalar:
 @moves("unfold")
 def unfold(p: Point) -> Scalar:
     value = p["self"]
+    if not value.shape:
+        return p.read(value, ())
     axis = wrap(p["dimension"], len(value.shape))
     position = ix.add(ix.mul(p.at[axis], ix.const(p["step"])), p.at[-1])
     return p.read(value, replaced(p.at[:-1], axis, position))

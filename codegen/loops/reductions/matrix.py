@@ -23,7 +23,7 @@ from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
 from moec.ir.graph import Op, Value
-from moec.ir.sizes.dims import Dim, product
+from moec.ir.sizes.dims import Dim, canonical, product
 
 ROWS, VECTORS = 4, 2
 Epilogue = Callable[[Position, Scalar], Scalar]
@@ -57,7 +57,7 @@ def product_of(
         total = e.cell(sc.constant(0, kind))
         with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
             inner = loop(k, "inner", depth)
-            x = sc.cast(e.read(a, (*_lead(e, a, out, at), at[-2], inner)), kind)
+            x = sc.cast(e.read(a, (*_lead(e, a, out, at), *at[-2:-1], inner)), kind)
             last = (at[-1], inner) if transposed else (inner, at[-1])
             y = sc.cast(e.read(b, (*_lead(e, b, out, at), *last)), kind)
             total.set(plus(total.get(), times(x, y)))
@@ -232,17 +232,19 @@ def convolution(e: Emission, op: Op) -> None:
         _spread(named[name], rank) for name in ("stride", "padding", "dilation")
     )
     kind = "f32" if out.dtype in HALVES else out.dtype
-    group_in, group_out = weight.shape[1], weight.shape[0] // named["groups"]
+    group_in, group_out = map(
+        e.sizes.index, (weight.shape[1], canonical(weight.shape[0] // named["groups"]))
+    )
 
     def body(at: Position) -> None:
         total = e.cell(sc.constant(0, kind))
-        first = ix.mul(ix.div(at[1], ix.const(group_out)), ix.const(group_in))
+        first = ix.mul(ix.div(at[1], group_out), group_in)
 
         def tap(inner: Position) -> None:
             taps, inside = [], tirx.const(True, "bool")
             for axis in range(rank):
                 expr = at[2 + axis].expr * stride[axis] + inner[1 + axis].expr * dilation[axis]
-                coordinate = e.bind_expr(expr - padding[axis])
+                coordinate = e.bind_expr(expr - e.sizes.expr(padding[axis]))
                 size = e.sizes.expr(x.shape[2 + axis])
                 inside = tirx.And(inside, tirx.And(coordinate >= 0, coordinate < size))
                 taps.append(Index(coordinate, ("tap", at[2 + axis].key, inner[1 + axis].key)))

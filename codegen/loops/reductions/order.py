@@ -205,6 +205,11 @@ def cumprod(e: Emission, op: Op) -> None:
 @kernel("cummax", "cummin", fuses=("self",))
 def cummax(e: Emission, op: Op) -> None:
     x, (values, indices) = op.inputs[0], op.outputs
+    if not x.shape:
+        with e.run_once():
+            e.store(values, (), e.read(x, ()))
+            e.store(indices, (), sc.constant(0, "i64"))
+        return
     sign = 1 if op.name == "aten.cummax.default" else -1
     axis = wrap(e.named(op)["dim"], len(x.shape))
 

@@ -103,6 +103,7 @@ class Undone(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        _check_sizes(func, args, kwargs)
         for position, name in _written(func):
             written = args[position] if position < len(args) else kwargs.get(name)
             for tensor in written if isinstance(written, list | tuple) else [written]:
@@ -124,6 +125,15 @@ class Undone(TorchDispatchMode):  # type: ignore[misc]
 
 _OF_PYTHON = (torch.ops.aten.lift_fresh.default,)
 """Operators whose operand was just made of Python numbers."""
+
+
+def _check_sizes(func: Any, args: Any, kwargs: Any) -> None:
+    """Raises IndexError for sizes at which torch's kernel would write outside of its tensors."""
+    name = schema_of(func).name
+    if "batch_norm" in name and "backward" not in name:
+        rows = [t for t in (*args[1:], *kwargs.values()) if isinstance(t, torch.Tensor)]
+        if any(row.numel() != args[0].shape[1] for row in rows):
+            raise IndexError(f"{name} does not check its sizes")
 
 
 @cache

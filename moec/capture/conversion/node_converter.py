@@ -23,7 +23,7 @@ from moec.capture.linear_attention.scans import OWN
 from moec.capture.user_code.sources import named, user_code, user_line
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
-from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
+from moec.ir.graph import Attr, DType, Op, Ref, Stage, TensorType, Value
 from moec.ir.sizes.dims import Dim, canonical, from_torch, product
 from moec.torch_private import HigherOrderOperator, schema_of
 
@@ -216,6 +216,11 @@ class Converter:
         if target in OWN:  # its inputs have the order of the op
             target = OWN[target]
             attrs = {name: attr for name, attr in attrs.items() if attr is True}
+        if not target.startswith(Stage.MOE.value):
+            raise CaptureError(
+                f"{self.place(node)}: operator {target} is none of ATen's; write it in those, or "
+                "run the part that contains it outside of the compiled module"
+            )
         op = Op(target, tuple(inputs), outputs, attrs, None, where, self.line)
         self.ops.append(op)
         composite = str(node.meta.get(COMPOSITE)).removeprefix("aten.").split(".")[0].rstrip("_")

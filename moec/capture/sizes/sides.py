@@ -317,6 +317,8 @@ def _merged(
     sides = [[g for g in form.guards if g.condition not in shared] for form in (a, b)]
     if not all(sides) or first.structure.constants != second.structure.constants:
         return None
+    if not a.program.graph.bounds.keys() <= b.program.graph.bounds.keys():
+        return None  # the other side has fewer sizes
     conditions = [sympy.And(*(guard.condition for guard in side)) for side in sides]
     here = sizes_of(a.program, example)
     bounds = _hull(a.program.graph.bounds, b.program.graph.bounds)

@@ -7,15 +7,11 @@ device reaches each level over its own link, or over one that `devices_per_link`
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from moec.errors import UsageError
 from moec.plan.inputs.files import Positive, Quantity, Record, read_preset_or_file
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 
 class ClusterDevice(Record, frozen=True, kw_only=True):
@@ -148,27 +144,3 @@ def with_nodes(cluster: Cluster, nodes: int) -> Cluster:
         raise UsageError(f"{cluster.name} has no links between nodes")
     across = replace(cluster.levels[1], joins=nodes)
     return replace(cluster, name=name, levels=(inside, across))
-
-
-def link_graph(cluster: Cluster) -> nx.Graph:
-    """Nodes are devices 0..p-1, ports and switches; edges have `latency` (s) and `bandwidth`."""
-    import networkx as nx  # only plans need it, and each compilation imports this file
-
-    graph = nx.Graph()
-    for index, level in enumerate(cluster.levels):
-        for device in range(cluster.devices):
-            port = (level.name, "port", device // level.devices_per_link)
-            switch = (level.name, "switch", device // cluster.span(index))
-            half = {"latency": level.latency.value / 2, "bandwidth": level.bandwidth.value}
-            graph.add_edge(device, port, **half)
-            graph.add_edge(port, switch, latency=0.0, bandwidth=level.bandwidth.value)
-    return graph
-
-
-def route(graph: nx.Graph, source: int, target: int) -> tuple[float, float]:
-    """Latency in s and bandwidth in bytes/s of the path with the least latency."""
-    import networkx as nx
-
-    path = nx.shortest_path(graph, source, target, weight="latency")
-    edges = [graph.edges[edge] for edge in nx.utils.pairwise(path)]
-    return sum(edge["latency"] for edge in edges), min(edge["bandwidth"] for edge in edges)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moec.dtypes import FLOATS
 from moec.errors import UsageError
-from moec.ir.graph import Graph, Program, Stage, Value
+from moec.ir.graph import Graph, Program, Value
 from moec.ir.interpret.evaluate import run_graph
 from moec.ir.interpret.threads import copied, gradients_needed, threads_for
 from moec.ir.opdef import inputs_of
@@ -55,8 +55,6 @@ class RecoverRouters(OptInPass):
     session: CalibrationSession | None = None
     name: ClassVar[str] = "recover-routers"
     source: ClassVar[str] = ""
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
     kind: ClassVar[Kind] = Kind.CHANGES
 
     def run(self, program: Program, log: Log) -> Program:

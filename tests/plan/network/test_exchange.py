@@ -9,7 +9,7 @@ from benchmarks.plans.deepep import Figure, figures, fit
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, read_model
 from moec.plan.inputs.workload import Workload, of_distribution
-from moec.plan.network.cluster import link_graph, read_cluster, route
+from moec.plan.network.cluster import read_cluster
 from moec.plan.network.degrees import Degrees
 from moec.plan.network.exchange import (
     collective_seconds,
@@ -170,12 +170,3 @@ def test_routing_is_a_part_where_its_rate_is_measured() -> None:
     assert "routing" not in parts[0]
     assert parts[1]["routing"] == pytest.approx(512 * 2 * 4096 * (2 + 2) / 1e9)
     assert parts[1]["experts"] == parts[0]["experts"]
-
-
-def test_levels_are_the_ways_of_the_link_graph() -> None:
-    cluster = read_cluster("superpod-32")
-    graph = link_graph(cluster)
-    for target, level in ((1, cluster.levels[0]), (9, cluster.levels[1])):
-        latency, bandwidth = route(graph, 0, target)
-        assert latency == pytest.approx(level.latency.value)
-        assert bandwidth == level.bandwidth.value
