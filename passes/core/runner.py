@@ -82,13 +82,9 @@ class Pass(Protocol):
 
     @property
     def name(self) -> str: ...
-    @property
-    def takes(self) -> Stage:
-        return Stage.GROUPED
 
-    @property
-    def gives(self) -> Stage:
-        return Stage.GROUPED
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
 
     @property
     def kind(self) -> Kind:

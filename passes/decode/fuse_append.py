@@ -29,7 +29,6 @@ class FuseAppend(Pass):
     """Rotate keys as they are written to the cache."""
 
     name: ClassVar[str] = "fuse-append"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

@@ -229,7 +229,6 @@ class FoldMask(Pass):
     """Replace masks that depend on sizes only by attributes: causal, window, chunk."""
 
     name: ClassVar[str] = "fold-mask"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

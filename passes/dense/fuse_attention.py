@@ -41,7 +41,6 @@ class FuseAttention(Pass):
     """Make one op of each attention, without the repetition of keys and values."""
 
     name: ClassVar[str] = "fuse-attention"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

@@ -33,7 +33,6 @@ class FuseNorm(Pass):
     """Make one op of each root-mean-square norm, its weight and its casts."""
 
     name: ClassVar[str] = "fuse-norm"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

@@ -28,7 +28,6 @@ class FuseResidual(Pass):
     """Add the residual inside the norm that reads the sum."""
 
     name: ClassVar[str] = "fuse-residual"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

@@ -28,7 +28,6 @@ class FuseRotary(Pass):
     """Make one op of each rotary embedding of queries or keys."""
 
     name: ClassVar[str] = "fuse-rotary"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

@@ -97,7 +97,6 @@ class Canonicalise(Pass):
     """Write equivalent ops in one form: permute, reshape, linear; drop ops that change nothing."""
 
     name: ClassVar[str] = "canonicalise"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

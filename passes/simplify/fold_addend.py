@@ -24,7 +24,6 @@ class FoldAddend(Pass):
     """Add a shared expert's result, or the residual, inside the combine."""
 
     name: ClassVar[str] = "fold-addend"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.MOE
 
     def run(self, program: Program, log: Log) -> Program:

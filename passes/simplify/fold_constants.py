@@ -43,7 +43,6 @@ class FoldConstants(Pass):
 
     limit: int = 1 << 20
     name: ClassVar[str] = "fold-constants"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

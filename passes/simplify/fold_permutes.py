@@ -30,7 +30,6 @@ class FoldPermutes(Pass):
     """Let attention read and write the layout of linear layers, without permuting."""
 
     name: ClassVar[str] = "fold-permutes"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

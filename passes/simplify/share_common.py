@@ -21,7 +21,6 @@ class ShareCommon(Pass):
     """Compute equal values once, including the dispatch that several banks of experts share."""
 
     name: ClassVar[str] = "share-common"
-    takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:

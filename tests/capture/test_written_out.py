@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.capture import capture
-from moec.capture.decomposition.kernels import embedding_bag, kthvalue, median
+from moec.capture.decomposition.kernels import embedding_bag, kthvalue, median, scatter_reduce
 from moec.capture.decomposition.pooling import avg_pool, max_pool2d
 from moec.codegen.loops.emit import EMIT
 from moec.errors import CaptureError, UnsupportedError
@@ -72,6 +72,10 @@ ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive averages of rows": lambda x: F.adaptive_avg_pool1d(x, 3),
     "a median": lambda x: x.median(1)[0],
     "taken along an axis": lambda x: x.take_along_dim(x.argmax(1, True)[..., :1], 1),
+    "means of what is scattered": lambda x: x.scatter_reduce(1, x.argsort(1) // 2, x, "mean"),
+    "only what is scattered": lambda x: x.scatter_reduce(
+        -1, x.argsort(-1) // 2, x, "amax", include_self=False
+    ),
     "the second smallest": lambda x: x.kthvalue(2, keepdim=True)[0],
     "powers of two": lambda x: torch.ldexp(x, torch.tensor(2)),
     "logarithms of running sums": lambda x: x.logcumsumexp(1),
@@ -177,6 +181,18 @@ def test_pools_are_eagers(
 
 
 HOLES = torch.tensor([[3, 1, 2, 7], [4, math.nan, 0, 1], [-math.inf, math.inf, 0, math.nan]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("reduce", ["sum", "prod", "mean", "amax", "amin"])
+def test_what_is_scattered_is_reduced(reduce: str, dtype: torch.dtype) -> None:
+    """With fewer indices than values, and rows that nothing is written to."""
+    x, src = (torch.randint(-9, 9, shape).to(dtype) for shape in ((5, 3), (8, 4)))
+    index = torch.randint(0, 4, (7, 3))
+    for kept in (True, False):
+        eager = x.scatter_reduce(0, index, src, reduce, include_self=kept)
+        y = scatter_reduce(x, 0, index, src, reduce, include_self=kept)
+        assert y is NotImplemented if kept and reduce != "mean" else y.equal(eager)
 
 
 @pytest.mark.parametrize("dim", [0, -1])

@@ -349,6 +349,20 @@ def take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Te
     return input.expand(*before, size, *after).gather(dim, rows)
 
 
+def scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Any, how: str, **own: Any) -> Any:
+    """Means are sums over counts. Without x, what is written to begins at what changes nothing."""
+    include_self = own.get("include_self", True)
+    if include_self and how != "mean":
+        return NotImplemented
+    if not include_self:
+        x = x.scatter(dim, index, src if how in ("amax", "amin") else int(how == "prod"))
+    if how != "mean":
+        return x.scatter_reduce(dim, index, src, how)
+    counts = torch.full_like(x, include_self).scatter_add(dim, index, torch.ones_like(src))
+    rounding = None if x.is_floating_point() else "floor"
+    return torch.div(x.scatter_add(dim, index, src), counts.clamp(min=1), rounding_mode=rounding)
+
+
 WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     **ELEMENTWISE,
     **FOURIER,
@@ -365,6 +379,7 @@ WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.median.dim: median,
     torch.ops.aten.searchsorted.Tensor: searchsorted,
     torch.ops.aten.take_along_dim.default: take_along_dim,
+    torch.ops.aten.scatter_reduce.two: scatter_reduce,
     torch.ops.aten.max_pool2d_with_indices.default: pooling.max_pool2d,
     torch.ops.aten.native_group_norm.default: group_norm,
 }
