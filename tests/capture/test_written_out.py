@@ -189,10 +189,10 @@ def test_what_is_scattered_is_reduced(reduce: str, dtype: torch.dtype) -> None:
     """With fewer indices than values, and rows that nothing is written to."""
     x, src = (torch.randint(-9, 9, shape).to(dtype) for shape in ((5, 3), (8, 4)))
     index = torch.randint(0, 4, (7, 3))
-    for kept in (True, False):
-        eager = x.scatter_reduce(0, index, src, reduce, include_self=kept)
-        y = scatter_reduce(x, 0, index, src, reduce, include_self=kept)
-        assert y is NotImplemented if kept and reduce != "mean" else y.equal(eager)
+    for include_self in (True, False):
+        eager = x.scatter_reduce(0, index, src, reduce, include_self=include_self)
+        y = scatter_reduce(x, 0, index, src, reduce, include_self=include_self)
+        assert y is NotImplemented if include_self and reduce != "mean" else y.equal(eager)
 
 
 @pytest.mark.parametrize("dim", [0, -1])

@@ -349,9 +349,9 @@ def take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Te
     return input.expand(*before, size, *after).gather(dim, rows)
 
 
-def scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Any, how: str, **own: Any) -> Any:
+def scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Any, how: str, **options: Any) -> Any:
     """Means are sums over counts. Without x, what is written to begins at what changes nothing."""
-    include_self = own.get("include_self", True)
+    include_self = options.get("include_self", True)
     if include_self and how != "mean":
         return NotImplemented
     if not include_self:
