@@ -45,15 +45,17 @@ def test_text(golden: Any) -> None:
 
 @given(rows=st.sampled_from([0, 1, 5]), seed=st.integers(0, 99))
 def test_numbers(rows: int, seed: int) -> None:
-    """The same sums, in an order that a product of more columns may change."""
+    """The same sums, in an order that a product of more columns may change: 5 roundings of sums
+    below 16 are at most 5e-6."""
     before = program(seed=seed)
+    torch.manual_seed(seed)
     result = joined(before)
     assert result.says == ("2 linear layers that read one value become one",)
     inputs = [torch.randn(rows, 4), torch.randn(rows, 2)]
     expected = evaluate(before.graph, inputs, before.weights)
     results = evaluate(result.program.graph, inputs, result.program.weights)
     for ours, right in zip(results, expected, strict=True):
-        torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-5)
 
 
 def test_a_weight_that_two_layers_share_is_in_both_parts() -> None:
