@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from moec.commands.execution.plan_memory import plan_memory
 from moec.commands.options.files import check_output
@@ -15,26 +17,14 @@ from moec.commands.options.options import OneOf, check_only, force_option, json_
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.printable import printable_json
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from moec.plan.inputs.model import Model
-    from moec.plan.inputs.workload import Phase, Workload
-    from moec.plan.network.cluster import Cluster
-    from moec.plan.plan import Plan
-    from moec.plan.search.planner import Planner
-
-
-from collections.abc import Iterable
-
-import numpy as np
-from numpy.typing import NDArray
-
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.search.planner import Planner
 from moec.plan.simulation.simulate import Ids, Traffic, drawn, of_trace, sample, traffic
+
+if TYPE_CHECKING:
+    from moec.plan.inputs.model import Model
+    from moec.plan.inputs.workload import Phase, Workload
+    from moec.plan.network.cluster import Cluster
 
 OF_MEMORY = ("model", "memory", "trace", "as_json")
 OUT = click.Path(path_type=Path, dir_okay=False)
@@ -295,11 +285,8 @@ def planner_of(
     groups: Mapping[str, Sequence[int]],
 ) -> Planner:
     """The planner, with the loads of a trace or of a distribution. Raises UsageError."""
-    import numpy as np
-
     from moec.plan.inputs.importers import read_routing
     from moec.plan.inputs.workload import normalised, of_distribution
-    from moec.plan.search.planner import Planner
 
     experts = [layer.experts for layer in model.each_layer]
     if trace is None:
@@ -330,15 +317,12 @@ def _layers(experts: Sequence[int]) -> str:
 
 def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
     """Counts of all experts, with zeros for the last ones, which were never chosen."""
-    import numpy as np
-
     return np.pad(counts, (0, experts - len(counts)))
 
 
 def draw(plan: Plan, planner: Planner, path: Path) -> None:
     """Draw the predicted load of every rank of an expert group, and the load of every link, one row
     per layer."""
-    from moec.commands.plan import link_loads
     from moec.plan.placement.placement import rank_loads
     from moec.plan.report.heat_map import Table, save_heat_map
 

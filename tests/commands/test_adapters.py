@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moec.__main__ import cli
+from tests.command_line import invoke
 from tests.sources.checkpoint import adapters
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -22,13 +21,9 @@ def folder(short_moe: Path, tmp_path: Path) -> Path:
     return adapters.write(tmp_path / "tuned", adapters.factors(QUERY, out, inner))
 
 
-def command(*words: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, words)), prog_name="moec")
-
-
 def test_inspect(short_moe: Path, folder: Path) -> None:
     """Two adapters, in order; no path of this machine is in the report."""
-    done = command("inspect", short_moe, "--adapter", folder, "--adapter", folder, "--json")
+    done = invoke("inspect", short_moe, "--adapter", folder, "--adapter", folder, "--json")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["notes"].count("adapter tuned: 1 weight changed") == 2
@@ -44,6 +39,6 @@ def test_an_adapter_of_another_model(
     monkeypatch.chdir(tmp_path)
     folder = adapters.write(tmp_path / "other", adapters.factors(QUERY, 7, 5))
     name, *rest = words
-    done = command(name, short_moe, *rest, "--adapter", folder)
+    done = invoke(name, short_moe, *rest, "--adapter", folder)
     assert done.exit_code == 1
     assert f"error: the adapter {folder} changes {QUERY}.weight as [7, 5], and" in done.stderr

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.cache import OBJECTS, RUNS, save, store_in
+from tests.command_line import invoke
 
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(front.cli, ["cache", *arguments], prog_name="moec")
+run = partial(invoke, "cache")
 
 
 @pytest.fixture

@@ -7,22 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.errors import CaptureError, VerificationError
 from moec.report.report import Report
+from tests.command_line import invoke
 from tests.commands import models
 from tests.commands.conftest import FakeCompiler
 
-
-def run(*arguments: str | Path) -> Any:
-    words = ["compile", "model", *map(str, arguments)]
-    return CliRunner().invoke(front.cli, words, prog_name="moec", catch_exceptions=False)
+run = partial(invoke, "compile", "model")
 
 
 def test_writes_the_artifact_and_reports(

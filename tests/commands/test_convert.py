@@ -6,18 +6,14 @@ import json
 import re
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
+from tests.command_line import invoke
 
-
-def run(*arguments: str | Path) -> Any:
-    words = ["convert", *map(str, arguments)]
-    return CliRunner().invoke(front.cli, words, prog_name="moec", catch_exceptions=False)
+run = partial(invoke, "convert")
 
 
 def test_writes_a_checkpoint_with_its_tokenizer(tiny_moe: Path, tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.ir.graph import Program
 from moec.ir.text import parse
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.report.report import Report
+from tests.command_line import invoke
 
 MODEL = """
 import torch
@@ -62,16 +61,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(
-        front.cli, [str(a) for a in arguments], prog_name="moec", catch_exceptions=False
-    )
-
-
 @pytest.fixture(scope="module")
 def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
     folder = tmp_path_factory.mktemp("out")
-    result = run(
+    result = invoke(
         "compile", f"{model}:make", "-o", folder / "small.moec", "--json",
         "--shapes", "x=T[1..64]x6", "--dump-ir", folder / "ir",
     )  # fmt: skip
@@ -101,7 +94,7 @@ def test_every_step_was_dumped(compiled: tuple[Path, Any, Path]) -> None:
 
 def test_inspect_the_artifact(compiled: tuple[Path, Any, Path], tmp_path: Path) -> None:
     path, report, _ = compiled
-    result = run("inspect", path, "--json", "--graph", tmp_path / "out.dot")
+    result = invoke("inspect", path, "--json", "--graph", tmp_path / "out.dot")
     assert result.exit_code == 0, result.stderr
     inspected = json.loads(result.stdout)
     assert inspected["blocks"] == report["blocks"]
@@ -110,27 +103,27 @@ def test_inspect_the_artifact(compiled: tuple[Path, Any, Path], tmp_path: Path) 
 
 
 def test_inspect_a_model(model: Path, tmp_path: Path) -> None:
-    result = run("inspect", f"{model}:make", "--quiet", "--graph", tmp_path / "out.dot")
+    result = invoke("inspect", f"{model}:make", "--quiet", "--graph", tmp_path / "out.dot")
     assert result.exit_code == 0, result.stderr
     assert "1 MoE block\nmoe\n  experts     2 of 4 per token, silu\n" in result.stdout
     assert "MoE: 2 of 4 experts" in (tmp_path / "out.dot").read_text()
 
 
 def test_a_model_without_moe(model: Path) -> None:
-    result = run("compile", f"{model}:dense", "--dry-run", "--quiet", "--json")
+    result = invoke("compile", f"{model}:dense", "--dry-run", "--quiet", "--json")
     report = Report.of_dict(json.loads(result.stdout))
     assert report.blocks == ()
     assert "No MoE block was recognised" in str(report)
 
 
 def test_stop_after(model: Path) -> None:
-    result = run("compile", f"{model}:make", "--stop-after", "recognise", "--quiet")
+    result = invoke("compile", f"{model}:make", "--stop-after", "recognise", "--quiet")
     graph = parse(result.stdout)
     assert "moe.experts" in {op.name for op in graph.ops}
 
 
 def test_bisect(model: Path) -> None:
-    result = run("bisect", f"{model}:make", "--quiet")
+    result = invoke("bisect", f"{model}:make", "--quiet")
     assert result.exit_code == 0, result.stdout
     assert "none changes the numbers" in result.stdout
 
@@ -148,7 +141,7 @@ def test_bisect_finds_a_pass_that_is_wrong(model: Path, monkeypatch: pytest.Monk
         return replace(output, graph=replace(output.graph, ops=ops))
 
     monkeypatch.setattr(FuseGate, "run", wrong)
-    result = run("bisect", f"{model}:make", "--json", "--quiet")
+    result = invoke("bisect", f"{model}:make", "--json", "--quiet")
     assert result.exit_code == 2
     culprit = json.loads(result.stdout)["culprit"]
     assert (culprit["pass_name"], culprit["rewrite"], culprit["of"]) == ("fuse-gate", 1, 1)
@@ -157,7 +150,9 @@ def test_bisect_finds_a_pass_that_is_wrong(model: Path, monkeypatch: pytest.Monk
 
 
 def test_failed_verification(model: Path, tmp_path: Path) -> None:
-    result = run("compile", f"{model}:make", "-o", tmp_path / "x.moec", "--verify", "1e-12", "-q")
+    result = invoke(
+        "compile", f"{model}:make", "-o", tmp_path / "x.moec", "--verify", "1e-12", "-q"
+    )
     assert result.exit_code == 2
     assert result.stderr.startswith("error: output differs from eager by ")
     assert len(result.stderr.splitlines()) == 1
@@ -185,7 +180,7 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
 )
 def test_mistakes(model: Path, arguments: list[str], words: str) -> None:
     inputs = [a.replace("MODEL", str(model)) for a in arguments]
-    result = run("compile", *inputs, "--dry-run", "--quiet")
+    result = invoke("compile", *inputs, "--dry-run", "--quiet")
     assert result.exit_code == 1
     assert words in result.stderr
     assert result.stderr.startswith("error: ")

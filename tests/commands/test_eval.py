@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 import moec
-from moec.__main__ import cli
 from moec.optimise.evaluation.evaluate import Estimate, Evaluation, ModelScore, TaskScore, TextScore
+from tests.command_line import invoke
 
 TEXT = "def read_lines(path):\n    with open(path) as file:\n        return list(file)\n" * 8
 
 
-def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["eval", *map(str, words)], prog_name="moec")
+run = partial(invoke, "eval")
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.commands.export import render
 from moec.export.onnx import Exported
 from moec.report.data import MovedLine
+from tests.command_line import invoke
 
 FACTORY = """
 import torch
@@ -47,9 +46,7 @@ def folding():
 """
 
 
-def run(*arguments: str | Path) -> Any:
-    words = ["export", *map(str, arguments)]
-    return CliRunner().invoke(front.cli, words, prog_name="moec", catch_exceptions=False)
+run = partial(invoke, "export")
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 import moec
-from moec.__main__ import cli
 from moec.errors import UsageError
+from tests.command_line import invoke
 from tests.files.hub_server import Hub, Repository, commit, connected, files_of
 
 NAME = "org/short-MoE"
@@ -25,27 +24,23 @@ def hub(short_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield server
 
 
-def command(*words: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, words)), prog_name="moec")
-
-
 def test_compile(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The artifact names the id and the commit, and no path of this machine."""
     path = tmp_path / "out.moec"
     words = ("compile", NAME, "-o", path, "--target", "null", "--verify", "off", "--force")
     words = (*words, "--revision", "v1")
-    done = command(*words)
+    done = invoke(*words)
     assert done.exit_code == 0, done.stderr
     files = hub.repositories[NAME].commits[commit(7)]
     size = sum(len(files[name]) for name in hub.downloads)
     assert f"download {size / 1e6:.1f} MB of {NAME}\n" in done.stderr
-    report = json.loads(command("inspect", path, "--json").stdout)
+    report = json.loads(invoke("inspect", path, "--json").stdout)
     assert report["model"] == NAME
     assert f"{NAME} of the hub, commit {commit(7)}" in report["notes"]
     assert str(tmp_path).encode() not in path.read_bytes()
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    done = command(*words)
+    done = invoke(*words)
     assert done.exit_code == 0, done.stderr
     assert f"wrote {path} (from the cache)" in done.stdout
     assert "download" not in done.stderr
@@ -68,13 +63,13 @@ def test_moec_compile(hub: Hub) -> None:
     ("bisect", NAME), ("bench", NAME),
 ])  # fmt: skip
 def test_every_command_that_opens_a_model(words: tuple[str, ...], hub: Hub) -> None:
-    done = command(*words, "--revision", "v9")
+    done = invoke(*words, "--revision", "v9")
     assert done.exit_code == 1
     assert f"error: {NAME} has no revision 'v9'" in done.stderr
     assert hub.downloads == []
 
 
 def test_options_are_checked_before_anything_is_downloaded(hub: Hub) -> None:
-    done = command("compile", NAME, "-o", "x.moec", "--quant", "int7")
+    done = invoke("compile", NAME, "-o", "x.moec", "--quant", "int7")
     assert "'int7' is not a format" in done.stderr
     assert hub.requests == []

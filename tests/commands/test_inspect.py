@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.ir.text import print_graph
 from moec.report.report import Report
 from moec.runtime.artifact import manifest
 from moec.runtime.artifact.artifact import write
 from moec.runtime.artifact.container import open_container
+from tests.command_line import invoke
 from tests.commands import models
 from tests.commands.conftest import FakeCompiler
 from tests.runtime import toy
 
-
-def run(*arguments: str | Path) -> Any:
-    words = ["inspect", *map(str, arguments)]
-    return CliRunner().invoke(front.cli, words, prog_name="moec", catch_exceptions=False)
+run = partial(invoke, "inspect")
 
 
 def test_a_model(compiler: FakeCompiler) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.codegen.cpu import link
 from moec.commands import machine
 from moec.commands.machine import BAD, NOTE, OK, Check
 from moec.target import cpu
+from tests.command_line import invoke
 
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(front.cli, ["doctor", *arguments], prog_name="moec")
+run = partial(invoke, "doctor")
 
 
 def test_this_machine_can_work() -> None:

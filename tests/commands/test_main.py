@@ -5,18 +5,13 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.errors import UsageError, VerificationError
-
-
-def run(*arguments: str, env: dict[str, str] | None = None) -> Any:
-    return CliRunner().invoke(front.cli, arguments, env=env, prog_name="moec")
+from tests.command_line import invoke
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -30,7 +25,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 def test_help_lists_every_command() -> None:
-    result = run("--help")
+    result = invoke("--help")
     assert result.exit_code == 0
     for name in front.COMMANDS:
         assert f"  {name} " in result.stdout
@@ -38,18 +33,18 @@ def test_help_lists_every_command() -> None:
 
 @pytest.mark.parametrize("name", sorted(front.COMMANDS))
 def test_every_command_has_help_and_its_line(name: str) -> None:
-    result = run(name, "--help")
+    result = invoke(name, "--help")
     assert result.exit_code == 0, result.stderr
     assert f"Usage: moec {name}" in result.stdout
 
 
 def test_version() -> None:
-    result = run("--version")
+    result = invoke("--version")
     assert result.stdout.startswith("moec 0.")
 
 
 def test_no_command_shows_the_help() -> None:
-    result = run()
+    result = invoke()
     assert result.exit_code == 1
     assert "Usage: moec" in result.stderr
     assert "error" not in result.stderr
@@ -71,7 +66,7 @@ def test_no_command_shows_the_help() -> None:
     ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], words: str) -> None:
-    result = run(*arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 1
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -80,13 +75,13 @@ def test_wrong_usage_is_one_line(arguments: list[str], words: str) -> None:
 
 def test_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, UsageError("the model is missing"))
-    result = run("doctor")
+    result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (1, "error: the model is missing\n")
 
 
 def test_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, VerificationError("fuse-gate changes the numbers"))
-    result = run("doctor")
+    result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (2, "error: fuse-gate changes the numbers\n")
 
 
@@ -103,7 +98,7 @@ def test_a_full_disk_and_limits(
     monkeypatch: pytest.MonkeyPatch, number: int, file: str | None, words: str
 ) -> None:
     failing(monkeypatch, OSError(number, "in the system's words", file))
-    result = run("doctor")
+    result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (1, f"error: {words}\n")
 
 
@@ -118,12 +113,14 @@ def test_a_full_disk_and_limits(
 )
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     failing(monkeypatch, error)
-    assert run("doctor").stderr == "error: this machine has too little free memory for the model\n"
+    assert (
+        invoke("doctor").stderr == "error: this machine has too little free memory for the model\n"
+    )
 
 
 def test_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, ZeroDivisionError("division\nby zero"))
-    result = run("doctor")
+    result = invoke("doctor")
     assert result.exit_code == 70
     assert result.stderr == (
         "ZeroDivisionError: division by zero\nthis is a bug in moec; set MOEC_DEBUG=1 to see the "
@@ -133,19 +130,19 @@ def test_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, UsageError("the model is missing"))
-    result = run("doctor", env={"MOEC_DEBUG": "1"})
+    result = invoke("doctor", env={"MOEC_DEBUG": "1"})
     assert isinstance(result.exception, UsageError)
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, KeyboardInterrupt())
-    result = run("doctor")
+    result = invoke("doctor")
     assert result.exit_code == 130
     assert "Traceback" not in result.stderr
 
 
 def test_completion_offers_the_commands() -> None:
-    result = run(
+    result = invoke(
         env={"_MOEC_COMPLETE": "bash_complete", "COMP_WORDS": "moec com", "COMP_CWORD": "1"}
     )
     assert result.stdout == "plain,compile\nplain,compare\n"

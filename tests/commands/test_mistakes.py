@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import moec
-from moec.__main__ import cli
 from moec.runtime.artifact import artifact
+from tests.command_line import invoke
 from tests.runtime import toy
 from tests.runtime.damaged import edit_manifest, unpacked
 
@@ -41,7 +40,7 @@ def shell_moec(*words: object, shell: str = "", **environment: str) -> tuple[int
 
 def refused(*words: object, **environment: str) -> str:
     """The one sentence that refuses a command."""
-    done = CliRunner().invoke(cli, list(map(str, words)), env=environment, prog_name="moec")
+    done = invoke(*words, env=environment)
     assert done.exit_code == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
@@ -69,7 +68,7 @@ def test_of_names(speaker: Path, tmp_path: Path) -> None:
     (tmp_path / "ünï 模型.moec").symlink_to(speaker)
     path = tmp_path / "none" / ".." / "ünï 模型.moec"
     (tmp_path / "none").mkdir()
-    done = CliRunner().invoke(cli, ["run", str(path), "--prompt", "b c", "-q"])
+    done = invoke("run", str(path), "--prompt", "b c", "-q")
     assert (done.exit_code, done.stdout) == (0, " d e f g\n")
 
 
@@ -86,9 +85,9 @@ def test_of_prompts(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("moec.commands.execution.text.MOST_BYTES", 1_000_000)
     words = refused("run", speaker, "--prompts", "/dev/zero")
     assert words == "error: --prompts /dev/zero: it is a device or a pipe, not a file"
-    done = CliRunner().invoke(cli, ["run", str(speaker), "--prompt", "-"], input=b"b" * 1_000_001)
+    done = invoke("run", str(speaker), "--prompt", "-", input=b"b" * 1_000_001)
     assert done.stderr == "error: stdin holds more than 1 MB: split it\n"
-    done = CliRunner().invoke(cli, ["run", str(speaker), "--prompts", "-"], input=b"\xff")
+    done = invoke("run", str(speaker), "--prompts", "-", input=b"\xff")
     assert done.stderr == "error: stdin is not UTF-8 at byte 0: convert it first\n"
     assert "is not in the range 1<=x<=4096" in refused(
         "run", speaker, "--prompt", "b", "--threads", 10**11

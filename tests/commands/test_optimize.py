@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from moec import __main__ as front
+from tests.command_line import invoke
 
 MODEL = "examples/tiny_moe/checkpoint"
 TEXT = "README.md"
-
-
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(front.cli, list(map(str, arguments)), prog_name="moec")
 
 
 @pytest.fixture
@@ -30,7 +24,7 @@ def calib(tmp_path: Path) -> Path:
 
 def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
     output = tmp_path / "tiny.moec"
-    result = run("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB", "--json")
+    result = invoke("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     notes = " ".join(report["notes"])
@@ -39,7 +33,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
     assert len({line["format"] for line in report["quantised"]}) > 1
     weights = sum(line["bytes_after"] for line in report["quantised"])
     assert 1_500_000 < weights <= 3_000_000
-    assert run("run", output, "--prompt", "def ", "--max-new-tokens", "3", "-q").exit_code == 0
+    assert invoke("run", output, "--prompt", "def ", "--max-new-tokens", "3", "-q").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -57,7 +51,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
 )
 def test_refusals(arguments: tuple[str, ...], message: str, calib: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.moec"
-    result = run("optimize", MODEL, "--calib", calib, "-o", output, *arguments)
+    result = invoke("optimize", MODEL, "--calib", calib, "-o", output, *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
     assert not output.exists()
@@ -66,14 +60,14 @@ def test_refusals(arguments: tuple[str, ...], message: str, calib: Path, tmp_pat
 def test_an_artifact_is_not_replaced(calib: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.moec"
     output.write_bytes(b"")
-    result = run("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB")
+    result = invoke("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB")
     assert "exists; --force replaces it" in result.stderr
 
 
 def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     choices, again, output = (tmp_path / name for name in ("a.yaml", "b.yaml", "tiny.moec"))
     for path, steps in ((choices, ()), (again, ("300",))):
-        result = run(
+        result = invoke(
             *("optimize", MODEL, "--calib", calib, "--write-choices", path, "--recover", *steps),
             *("--memory", "3MB"),
         )
@@ -87,7 +81,9 @@ def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts#2: {rows: 128" in text
     assert "recover: 300" in text
     choices.write_text(text.replace("recover: 300", "recover: 2"), encoding="utf-8")
-    result = run("compile", MODEL, "-o", output, "--choices", choices, "--json", "--calib", calib)
+    result = invoke(
+        "compile", MODEL, "-o", output, "--choices", choices, "--json", "--calib", calib
+    )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert "choose-experts: chose" in " ".join(report["notes"])
@@ -104,7 +100,7 @@ def test_loss_against_bytes(calib: Path, tmp_path: Path) -> None:
     """Choices are no worse than one format at its bytes, and better with more bytes."""
     pytest.importorskip("matplotlib")
     picture = tmp_path / "pareto.svg"
-    result = run(
+    result = invoke(
         *("optimize", MODEL, "--calib", calib, "--pareto", picture, "--json"),
         *("--memory", "3.5MB", "--formats", "int8,int4:32"),
     )

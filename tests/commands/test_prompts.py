@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 import moec
-from moec import __main__ as front
+from tests.command_line import invoke
 
 NEW = 12
 
@@ -24,7 +23,7 @@ def path(compiled_tiny_moe: moec.CompiledModel, tmp_path_factory: pytest.TempPat
 
 def run(path: Path, prompts: Path, *more: str) -> Any:
     words = ["run", str(path), "--prompts", str(prompts), "--max-new-tokens", str(NEW), *more]
-    return CliRunner().invoke(front.cli, words, prog_name="moec")
+    return invoke(*words)
 
 
 def rows_of(result: Any) -> dict[int, dict[str, Any]]:
@@ -67,11 +66,11 @@ def test_beams(path: Path, tmp_path: Path) -> None:
     rows = rows_of(result)
     assert [PROMPTS[n] + rows[n]["text"] for n in range(5)] == texts
     words = ["run", str(path), "--prompt", PROMPTS[0], "--max-new-tokens", str(NEW), *more]
-    alone = CliRunner().invoke(front.cli, words, prog_name="moec")
+    alone = invoke(*words)
     assert PROMPTS[0] + alone.stdout.removesuffix("\n") == texts[0]
     assert "searched with 3 beams" in alone.stderr
     for refused, named in ((("--stop", "x"), "--stop"), (("--temperature", "1"), "temperature")):
-        result = CliRunner().invoke(front.cli, [*words, *refused], prog_name="moec")
+        result = invoke(*words, *refused)
         assert result.exit_code == 1
         assert f"num_beams is 3, and {named} is for texts" in result.stderr
 
@@ -129,5 +128,5 @@ def test_other_results_are_refused(path: Path, tmp_path: Path, content: str, mes
 
 def test_resume_needs_prompts(path: Path, tmp_path: Path) -> None:
     words = ["run", str(path), "--prompt", "x", "--resume", str(tmp_path / "r")]
-    result = CliRunner().invoke(front.cli, words, prog_name="moec")
+    result = invoke(*words)
     assert "--resume continues a run of --prompts: give both" in result.stderr

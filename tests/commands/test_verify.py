@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import moec
-from moec.__main__ import cli
 from moec.errors import ArtifactError
 from moec.runtime.artifact import artifact
+from tests.command_line import invoke
 from tests.runtime import toy
 
 GRAPH = """graph main(x: f32[T, 4]) {
@@ -31,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(*words: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli, ["verify", *map(str, words)])
+    result = invoke("verify", *words)
     return result.exit_code, result.stdout, result.stderr
 
 

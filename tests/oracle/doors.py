@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
 import moec
 import moec.dynamo  # registers the backend where moec is not installed
-from moec.__main__ import cli
 from moec.errors import MoecError, UsageError
 from moec.export.onnx import open_session, runner
+from tests.command_line import invoke
 from tests.fuzz.judge import interpreted
 from tests.oracle.experts import Routed
 from tests.oracle.values import example, parameters
@@ -42,7 +41,7 @@ def command(module: Routed, folder: Path) -> Run:
         f"def build():\n    module = layer({name!r})\n    return module, example(module)\n"
     )
     arguments = ["compile", f"{folder / 'layer.py'}:build", "-o", str(folder / "layer.moec")]
-    result = CliRunner().invoke(cli, arguments)
+    result = invoke(*arguments)
     if result.exit_code:
         raise MoecError(result.output)
     return moec.load(folder / "layer.moec")

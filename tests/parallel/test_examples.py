@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from click.testing import CliRunner
 from msgspec import structs
 from torch import Tensor, nn
 
-from moec import __main__ as front
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.plan.plan import LayerPlan, Plan, write_plan
 from moec.runtime.text.request import Request
+from tests.command_line import invoke
 from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import plan
 from tests.systems.records import load
@@ -47,7 +46,7 @@ def of_layers(*layers: LayerPlan) -> Plan:
 
 
 def cli(*arguments: str) -> None:
-    result = CliRunner().invoke(front.cli, arguments, prog_name="moec")
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert "not as planned" not in result.output
 

@@ -18,10 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from click.testing import CliRunner
 from transformers import Qwen3MoeForCausalLM
 
-from moec import __main__ as front
 from moec.codegen.backends.cuda import backend
 from moec.errors import ArtifactError, TargetError, UsageError
 from moec.ir.interpret.evaluate import evaluate
@@ -38,6 +36,7 @@ from moec.runtime.device.device import Cpu, device_of
 from moec.runtime.device.gpu import GpuDevice
 from moec.runtime.package import DECODE, MAIN
 from moec.target.named import parse_for_ranks
+from tests.command_line import invoke
 from tests.cuda_emulator.driver import stand_in, write_driver
 from tests.cuda_emulator.models import EmulatedGpu
 from tests.once import Once
@@ -248,6 +247,6 @@ def test_refusals(target: str, more: tuple[str, ...], words: str, tmp_path: Path
     (tmp_path / "plan.json").write_text("{}")
     options = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "m.ranks"), *more]
     words_of_command = ["compile", f"{__file__}:model", *options, "--target", target]
-    result = CliRunner().invoke(front.cli, words_of_command)
+    result = invoke(*words_of_command)
     assert result.exit_code == 1
     assert words in result.stderr

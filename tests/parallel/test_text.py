@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from msgspec import structs
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moec
-from moec import __main__ as front
 from moec.commands.execution.text import TextOptions
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.plan.plan import write_plan
+from tests.command_line import invoke
 from tests.once import Once
 from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import plan
@@ -31,7 +30,7 @@ FORMS = {
 
 
 def cli(*arguments: str) -> Any:
-    result = CliRunner().invoke(front.cli, arguments, prog_name="moec")
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result
 

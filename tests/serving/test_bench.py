@@ -8,20 +8,19 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from click.testing import CliRunner
 
 import moec
-from moec.__main__ import cli
 from moec.inspect.bench.clients import Answers, AnswerTimes, ServerLoad, measure
 from moec.inspect.bench.served import ServedResult, plot, served
 from moec.serving.access import Access
+from tests.command_line import invoke
 from tests.serving.running import Running, serving
 
 SMALL = ["--prompt-tokens", "20", "--new-tokens", "5", "--requests", "6"]
 
 
 def bench(*words: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli, ["bench", "--serve", *words, *SMALL])
+    result = invoke("bench", "--serve", *words, *SMALL)
     return result.exit_code, result.stdout, result.stderr
 
 

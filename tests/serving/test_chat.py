@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 import moec
-from moec.__main__ import cli
 from moec.errors import ArtifactError, UsageError
 from moec.runtime.artifact import artifact
 from moec.runtime.text.chats.chat import ChatTemplate
@@ -35,6 +33,7 @@ from moec.runtime.text.request import Request
 from moec.runtime.text.sampling import Sampling
 from moec.serving.chat.answer import Chat
 from moec.serving.chat.terminal import converse, history_file, interruptible, new_session
+from tests.command_line import invoke
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}def "
@@ -285,7 +284,7 @@ def test_the_history_is_private(
 
 def run(path: Path, *words: object, stdin: bytes) -> Any:
     command = ["chat", str(path), *map(str, words)]
-    return CliRunner().invoke(cli, command, input=stdin, prog_name="moec")
+    return invoke(*command, input=stdin)
 
 
 def test_lines_without_a_terminal(path: Path, model: moec.LoadedModel) -> None:

@@ -17,13 +17,12 @@ from typing import Any
 
 import openai
 import pytest
-from click.testing import CliRunner
 from prometheus_client import generate_latest
 
 import moec
-from moec.__main__ import cli
 from moec.errors import ArtifactError
 from moec.serving.server import listen
+from tests.command_line import invoke
 from tests.serving.running import (
     CHAT,
     GREEDY,
@@ -216,7 +215,7 @@ def test_a_second_signal_ends_the_process(path: Path) -> None:
 
 def test_mistakes_of_the_command_line(path: Path, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
-        result = CliRunner().invoke(cli, ["serve", *map(str, words)])
+        result = invoke("serve", *words)
         assert result.exit_code == 1
         assert result.stderr.count("\n") == 1
         return result.stderr

@@ -10,10 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from click.testing import CliRunner
 
 import moec
-from moec.__main__ import cli
+from tests.command_line import invoke
 from tests.serving.running import (
     MODEL,
     PROMPT,
@@ -100,6 +99,6 @@ def test_refusals(path: Path, tmp_path: Path) -> None:
         ((path, other, "--name", "x"), "--name is for one artifact, and there are 2"),
         ((path, other, "--memory", "4GiB"), "--memory is for one artifact, and there are 2"),
     ):
-        result = CliRunner().invoke(cli, ["serve", *map(str, words)], prog_name="moec")
+        result = invoke("serve", *words)
         assert result.exit_code == 1
         assert message in result.stderr

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from click.testing import CliRunner
 from tokenizers import decoders, models, pre_tokenizers
 
 import moec
-from moec import __main__ as front
 from moec.runtime.text.prompt import bytes_of
 from moec.runtime.text.sampling import Sampling
 from moec.serving.fields import read_fields
+from tests.command_line import invoke
 from tests.serving.running import CHAT, GREEDY, MODEL, PROMPT, TEXT, Running, continuation
 
 OPTIONS: list[dict[str, Any]] = [
@@ -202,10 +201,10 @@ def test_commands_draw_as_the_model_says(
         (["--beams", "2"], "", model.generate("def ", max_new_tokens=9, num_beams=2)),
     ):
         prompt = ["run", str(tmp_path / "m.moec"), "--prompt", "def ", "--max-new-tokens", "9"]
-        result = CliRunner().invoke(front.cli, [*prompt, *words], prog_name="moec")
+        result = invoke(*prompt, *words)
         assert result.stdout == text.removeprefix("def ") + "\n"
         assert ("tokens are drawn with" in result.stderr) == bool(says)
         assert says in result.stderr
     chat = ["chat", str(tmp_path / "m.moec"), "--top-p", "0"]
-    result = CliRunner().invoke(front.cli, chat, prog_name="moec")
+    result = invoke(*chat)
     assert "top_p is 0.0; it must be above 0" in result.stderr

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
+from tests.command_line import invoke
 from tests.serving.running import GREEDY, Running
 
 LINE = "def f(x):\n    return f(x)\n"
@@ -41,7 +40,7 @@ def test_the_server_answers_the_same(shared: Running, more: dict[str, Any]) -> N
 
 def run(path: Path, *words: str) -> Any:
     words = ("run", str(path), "--prompt", LINE * 3, "--max-new-tokens", "40", *words)
-    return CliRunner().invoke(front.cli, words, prog_name="moec")
+    return invoke(*words)
 
 
 def test_run_says_what_was_guessed(path: Path) -> None:

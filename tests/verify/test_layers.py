@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import moec
-from moec import __main__ as front
 from moec.capture import capture
 from moec.errors import UsageError, VerificationError
 from moec.ir.graph import Program
@@ -24,6 +22,7 @@ from moec.sources.memory.memory import Bounded
 from moec.sources.memory.ranges import AddressRange
 from moec.verify.check import check
 from tests.capture.modules import WIDTH, Moe
+from tests.command_line import invoke
 from tests.sources.checkpoint.families import model
 from tests.sources.memory.small import SMALL, count_weights_alone
 
@@ -106,11 +105,11 @@ def test_the_option_of_the_command(folder: Path, tmp_path: Path) -> None:
     words = ["compile", folder, "-o", out, "--no-kv-cache", "--memory", "0.03125MiB", "--json"]
 
     def run(*more: str) -> Any:
-        return CliRunner().invoke(front.cli, [*map(str, words), *more])
+        return invoke(*words, *more)
 
     assert '"verified": "whole"' in run("--verify", "whole").stdout
     assert '"verified": "layers"' in run("--verify", "0.5", "--force").stdout
-    assert "layers" in CliRunner().invoke(front.cli, ["compile", "--help"]).stdout
+    assert "layers" in invoke("compile", "--help").stdout
 
 
 def test_a_wrong_pass_of_one_layer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.cache import ARTIFACTS, Store, entries, load, store_in
 from moec.commands.compile import fetch, keep
+from tests.command_line import invoke
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_a_second_compilation_gives_the_same_artifact_and_report(
 
     def run(*words: str) -> Any:
         arguments = ["compile", str(model), "-o", str(tmp_path / "out.moec"), "--force", *words]
-        result = CliRunner().invoke(front.cli, arguments, catch_exceptions=False)
+        result = invoke(*arguments)
         assert result.exit_code == 0, result.stderr
         return result
 

@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
 from moec.cache import MODELS, OBJECTS, Store, entries, save
 from moec.commands.compilation import cached_model
 from moec.commands.compilation.cached_model import artifact_of, is_model
 from moec.commands.compilation.checkpoint_key import checkpoint_key
 from moec.errors import UsageError
-
-
-def moec(*words: object, **options: Any) -> Any:
-    return CliRunner().invoke(front.cli, [*map(str, words)], prog_name="moec", **options)
+from tests.command_line import invoke
 
 
 @pytest.fixture
@@ -43,13 +38,13 @@ def test_a_model_is_compiled_and_verified_and_runs(
     assert folder.stat().st_mode & 0o077 == 0
     written = artifact.stat().st_ino
     os.utime(artifact, (0, 0))
-    again = moec(*words[3:])
+    again = invoke(*words[3:])
     texts = [json.loads(each.stdout)["text"] for each in (first, again)]
     assert texts[0] == texts[1]
     assert artifact.stat().st_ino == written
     assert artifact.stat().st_mtime > 0  # used now
-    assert "intact" in moec("verify", artifact).stdout
-    chat = moec("chat", short_moe, input="x\n")
+    assert "intact" in invoke("verify", artifact).stdout
+    chat = invoke("chat", short_moe, input="x\n")
     assert "chat template" in chat.stderr  # of the artifact, which was found
     assert [*folder.iterdir()] == [artifact]
 
@@ -88,7 +83,7 @@ def test_a_compilation_that_fails_ends_the_command(
 ) -> None:
     compiler(monkeypatch, 2)
     for words in (["run", short_moe, "--prompt", "x"], ["chat", short_moe]):
-        result = moec(*words)
+        result = invoke(*words)
         assert result.exit_code == 2
         assert result.stdout == ""
 
@@ -131,19 +126,19 @@ def test_the_cache_lists_and_prunes_models(folder: Path) -> None:
         (folder / name).write_bytes(bytes(1000))
         os.utime(folder / name, (time.time() - 86400 * days,) * 2)
     save(store, OBJECTS, {"a": bytes(1000)})  # beyond the limit, which is not of models
-    assert moec("cache", "list").stdout.splitlines() == [
+    assert invoke("cache", "list").stdout.splitlines() == [
         "   1.0 kB  used 1.0 days ago  new-1.moec",
         "   1.0 kB  used 40.0 days ago  old-2.moec",
         "   1.0 kB  used 50.0 days ago  older-3.moec",
     ]
-    assert json.loads(moec("cache", "list", "--json").stdout)[0] == {
+    assert json.loads(invoke("cache", "list", "--json").stdout)[0] == {
         "model": "new-1.moec", "bytes": 1000, "days": 1.0,
     }  # fmt: skip
     assert "no model of the cache begins with x: see moec cache list" in (
-        moec("cache", "prune", "x").stderr
+        invoke("cache", "prune", "x").stderr
     )
-    assert moec("cache", "prune", "--days", "45").stdout == "removed older-3.moec\n"
-    assert moec("cache", "prune").stdout == "removed old-2.moec\n"
-    assert moec("cache", "prune").stdout == ""
-    assert moec("cache", "prune", "new").stdout == "removed new-1.moec\n"
+    assert invoke("cache", "prune", "--days", "45").stdout == "removed older-3.moec\n"
+    assert invoke("cache", "prune").stdout == "removed old-2.moec\n"
+    assert invoke("cache", "prune").stdout == ""
+    assert invoke("cache", "prune", "new").stdout == "removed new-1.moec\n"
     assert [entry.kind for entry in entries(store)] == [OBJECTS]

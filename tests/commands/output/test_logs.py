@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
 
 from moec import __main__ as front
 from moec.commands.options.options import quiet_option
 from moec.commands.output.logs import LOGGER, log_options
+from tests.command_line import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +35,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert (LOGGER.level, LOGGER.handlers) == (logging.NOTSET, [])
 
 
-def doctor_says(*words: object) -> Result:
-    return CliRunner().invoke(front.cli, ["doctor", *map(str, words)], prog_name="moec")
+doctor_says = partial(invoke, "doctor")
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moec
-from moec import __main__ as front
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.inspect.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.inspect.exploration.explored_model import weights_of
 from moec.report.pass_graphs.table import GraphTable
+from tests.command_line import invoke
 from tests.once import Once
 
 LAYERS, EXPERTS, VOCABULARY = 2, 8, 100
@@ -72,8 +72,7 @@ def altered(once: Once) -> Path:
     return saved(once, "altered", altered_model)
 
 
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(front.cli, ["compare", *map(str, arguments)], prog_name="moec")
+run = partial(invoke, "compare")
 
 
 def facts(comparison: ArtifactComparison) -> dict[tuple[str, str], tuple[Any, Any]]:

@@ -9,18 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 import moec
-from moec import __main__ as front
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.inspect.exploration.explore import explored_model, page_data
 from moec.inspect.exploration.page import page, script_json
@@ -30,6 +29,7 @@ from moec.plan.plan import LayerPlan, Plan
 from moec.report.pass_graphs.stored import read_passes
 from moec.report.pass_graphs.table import Hunk, hunks
 from moec.runtime.call.routing_trace import of_ids, save_trace
+from tests.command_line import invoke
 from tests.inspect.exploration import modules
 from tests.inspect.exploration.conftest import Files
 
@@ -251,8 +251,7 @@ def test_what_is_no_artifact(files: Files, tmp_path: Path) -> None:
     )
 
 
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(front.cli, ["explore", *map(str, arguments)], prog_name="moec")
+run = partial(invoke, "explore")
 
 
 def test_the_command_writes_a_file(files: Files, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from moec import __main__ as front
+from tests.command_line import invoke
 
 STORED = sorted((Path(__file__).parent / "stored").iterdir())
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
@@ -18,7 +17,7 @@ PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 @pytest.mark.parametrize("stored", STORED, ids=lambda path: path.name)
 def test_an_artifact_of_an_earlier_version(stored: Path) -> None:
     version = tomllib.loads(PROJECT.read_text())["project"]["version"]
-    result = CliRunner().invoke(front.cli, ["run", str(stored), "--rebuild", "--check"])
+    result = invoke("run", str(stored), "--rebuild", "--check")
     if version.startswith(f"{stored.name}.") or result.exit_code == 0:
         assert "1 sample agrees" in result.output, result.stderr
     else:

@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 import moec
-from moec.__main__ import cli
 from moec.errors import ArtifactError, UsageError
 from moec.runtime.artifact import artifact
 from moec.runtime.artifact.signature import manifest_content, sign, signature_path
+from tests.command_line import invoke
 from tests.runtime import toy
 
 GRAPH = """graph main(x: f32[T, 4]) {
@@ -60,7 +59,7 @@ def public_path(key: Path) -> Path:
 
 
 def run(*words: object, text: str | None = None) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli, [*map(str, words)], input=text)
+    result = invoke(*words, input=text)
     return result.exit_code, result.stdout, result.stderr
 
 

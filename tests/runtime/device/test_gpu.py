@@ -31,6 +31,7 @@ from moec.runtime.device.device import device_of
 from moec.runtime.device.library import CPU, tvm_ffi
 from moec.runtime.package import Function, Launch, Port
 from moec.target import nvidia
+from tests.command_line import invoke
 from tests.cuda_emulator.emulate import imported
 
 BOTH = "cpu,cuda:sm_80,sm_90a"
@@ -131,7 +132,7 @@ assert not names, names
 
 
 def test_it_says_what_it_is_for(example: Example) -> None:
-    verified = CliRunner().invoke(front.cli, ["verify", str(example.path)])
+    verified = invoke("verify", str(example.path))
     opened = artifact.read(example.path)
     assert f"for {opened.package.target.name},cuda:sm_80,sm_90a" in verified.output
     assert opened.for_gpu is not None
@@ -188,7 +189,7 @@ def test_the_code_is_written_into_a_folder(example: Example) -> None:
         text = (example.code / source).read_text()
         assert "__global__" in text
         assert (example.code / name).read_text() == text  # by the stand-in
-    words = CliRunner().invoke(front.cli, ["compile", "x", "-o", "y", "--force", "--emit", "z"])
+    words = invoke("compile", "x", "-o", "y", "--force", "--emit", "z")
     assert "--emit writes GPU code: give -o and a GPU" in words.output
 
 
@@ -224,7 +225,7 @@ def test_run_copies_to_the_gpu_and_back(
     np.savez(tmp_path / "x.npz", input=example.x)
     out = tmp_path / "y.npz"
     arguments = [str(example.path), "--device", "cuda:0", "-i", f"{tmp_path}/x.npz", "-o", str(out)]
-    result = CliRunner().invoke(front.cli, ["run", *arguments, "--check"], catch_exceptions=False)
+    result = invoke("run", *arguments, "--check")
     assert result.exit_code == 0, result.output
     assert "1 sample agrees" in result.output
     (y,) = np.load(out).values()
@@ -328,7 +329,7 @@ def test_no_driver_at_all(example: Example) -> None:
     if nvidia.driver() is not None:
         pytest.skip("this machine has an NVIDIA driver")
     arguments = ["run", str(example.path), "--device", "cuda", "--check"]
-    result = CliRunner().invoke(front.cli, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 1
     assert "and there is no NVIDIA driver here (libcuda.so.1)" in result.output
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from moec.__main__ import cli
 from moec.runtime.artifact.artifact import read
 from moec.runtime.artifact.open_file import OpenFile
 from moec.runtime.call.routing_trace import RoutingTrace, save_trace
@@ -17,6 +16,7 @@ from moec.runtime.expert_store import read_speed as read_speed_module
 from moec.runtime.expert_store.device import BUFFERED, DIRECT
 from moec.runtime.expert_store.read_speed import read_speed
 from moec.runtime.expert_store.start import ONE_TEXT, resident_limit, stored_sizes
+from tests.command_line import invoke
 from tests.once import Once
 from tests.runtime.expert_store.models import EXPERTS, LAYERS, artifact
 
@@ -26,8 +26,7 @@ def path(once: Once) -> Path:
     return artifact(once, None)
 
 
-def plan(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["plan", *map(str, words)], catch_exceptions=False)
+plan = partial(invoke, "plan")
 
 
 def limit_for(path: Path, slots: int) -> str:

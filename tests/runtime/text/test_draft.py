@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 import moec
-from moec.__main__ import cli
 from moec.errors import InputError
 from moec.runtime.call.account import Account
 from moec.runtime.call.executor import Executor
 from moec.runtime.text.engine import Engine
 from moec.runtime.text.request import AUTO, OFF, Request
 from moec.runtime.text.speculation.draft import FIRST_CHANCE, MOST, Draft
+from tests.command_line import invoke
 from tests.models.families import FAMILIES
 from tests.models.other_families import OTHER_FAMILIES
 from tests.runtime.text.test_speculation import AnyRows, alone, job, outcome, times
@@ -173,8 +172,8 @@ def test_the_command(compiled_tiny_moe: moec.CompiledModel, tmp_path: Path) -> N
     path = str(tmp_path / "m.moec")
     compiled_tiny_moe.save(path)
     words = ["run", path, "--prompt", "def f(x):", "--max-new-tokens", "12"]
-    plain = CliRunner().invoke(cli, [*words, "--json"])
-    drafted = CliRunner().invoke(cli, [*words, "--json", "--speculate", "4", "--draft", path])
+    plain = invoke(*words, "--json")
+    drafted = invoke(*words, "--json", "--speculate", "4", "--draft", path)
     assert drafted.exit_code == 0, drafted.output
     first, second = (json.loads(result.stdout) for result in (plain, drafted))
     assert first["text"] == second["text"]

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import moec
-from moec.__main__ import cli
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.artifact import artifact
 from moec.runtime.text.chats.chat import ChatTemplate, TemplateProcess
 from moec.runtime.text.prompt import load_tokenizer, text_notes
 from moec.runtime.text.write_text import StopCut
+from tests.command_line import invoke
 from tests.runtime import toy
 
 TEMPLATE = (
@@ -199,9 +198,7 @@ def test_where_a_template_stands() -> None:
 
 
 def run(*words: object, stdin: str = "") -> Any:
-    return CliRunner().invoke(
-        cli, ["run", *map(str, words), "-q"], input=io.BytesIO(stdin.encode())
-    )
+    return invoke("run", *words, "-q", input=io.BytesIO(stdin.encode()))
 
 
 def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
