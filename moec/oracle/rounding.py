@@ -37,12 +37,20 @@ def row_distances(actual: torch.Tensor, exact: torch.Tensor, by_row: bool = True
         return torch.full((1,), math.inf, dtype=torch.float64)
     if not exact.numel():
         return torch.zeros(0, dtype=torch.float64)
+    actual, exact = real_parts(actual), real_parts(exact)
     if not exact.is_floating_point():
         return (actual != exact).reshape(-1).double()
     pairs = [_distances(a, b) for a, b in zip(parts_of(actual), parts_of(exact), strict=True)]
     errors, norms = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
     most = norms.max()
     return errors / (norms.maximum(1e-3 * most) if by_row else most).clamp(min=1e-30)
+
+
+def real_parts(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as pairs of floats, in a last axis that is twice as long; others as is."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.resolve_conj().reshape(tensor.shape or (1,))).flatten(-2)
 
 
 def parts_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

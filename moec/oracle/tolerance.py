@@ -9,7 +9,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.ir.graph import Graph
 from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
-from moec.oracle.rounding import FLOAT32_UNIT, parts_of
+from moec.oracle.rounding import FLOAT32_UNIT, parts_of, real_parts
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """The greatest error allowed, relative to the greatest value of the output.
@@ -85,6 +85,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return float("inf")
     if not expected.numel():
         return 0.0
+    actual, expected = real_parts(actual), real_parts(expected)
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
     if (error := _finite_error(actual, expected)) is not None:

@@ -12,6 +12,7 @@ import torch.utils.dlpack
 
 from moec.runtime.call.executor import Executor
 from moec.runtime.call.profile import SHAPES
+from moec.runtime.device.tensors import to_caller
 from moec.runtime.device.timed import open_watched
 from moec.runtime.package import KernelCall, Package
 
@@ -63,7 +64,7 @@ class Recording:
         signature = self.package.functions[name]
         ports = (*signature.inputs, *signature.states, *signature.caches)
         inputs = zip(ports, arguments, strict=False)
-        tensors = {port.name: _copy(tensor) for port, tensor in inputs}
+        tensors = {port.name: to_caller(tensor, port, torch, True) for port, tensor in inputs}
         self.calls.append(KernelRecord(name, tensors, self.complete))
         self._left = iter(self.package.calls[name])
         try:

@@ -95,6 +95,32 @@ def test_zero_allows_nothing() -> None:
     assert exact.checked.errors == {"output": 0.0}
 
 
+COMPLEX = {
+    "pairs": lambda x: torch.view_as_complex(x.unflatten(1, (-1, 2))),
+    "polar": lambda x: torch.polar(x.abs(), x),
+    "cast": lambda x: x.to(torch.cfloat),
+    "transform": torch.fft.rfft,
+    "scalar": lambda x: (x, torch.complex(x.sum(), x.mean())),
+    "input": lambda x: x.to(torch.cfloat) * 2,
+}
+
+
+def of_complex(name: str) -> moec.CompiledModel:
+    return moec.compile(Function(COMPLEX[name]), (x.to(torch.cfloat) if name == "input" else x,))
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_numbers_are_compared_as_pairs(name: str) -> None:
+    assert of_complex(name).checked is not None
+
+
+@pytest.mark.usefixtures("broken_code")
+@pytest.mark.parametrize("name", COMPLEX)
+def test_wrong_complex_numbers_are_found(name: str) -> None:
+    with pytest.raises(VerificationError, match="the generated code is wrong"):
+        of_complex(name)
+
+
 def off(rows: slice) -> Any:
     """A run of Moe in bf16 in which some rows are farther off than rounding, and not by much."""
     captured = capture(Moe(torch.bfloat16), (torch.randn(40, WIDTH).bfloat16(),))
