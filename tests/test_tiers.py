@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiers
-from tests.cpu_times import (
-    Measurement,
-    cpu_seconds,
-    divide_set_ups,
-    list_slowest,
-    read_times,
-    update_times,
-    write_times,
-)
+from tests.cpu_times import cpu_seconds, list_slowest, read_times, update_times, write_times
 
 pytest_plugins = ["pytester"]
 
@@ -133,58 +125,6 @@ def test_two_processes_count_and_measure_the_same(suite: pytest.Pytester) -> Non
     result.stdout.fnmatch_lines(["*0.*::test_starts_python", "*all 3 tests"])
     result.stdout.fnmatch_lines(["2 of 5 tests left out: `make test-all` runs them"])
     assert read_times(suite.path / "tests" / "times.json")["tests/test_it.py::test_slow"] == 0.5
-
-
-def test_a_set_up_is_divided_among_the_tests_that_need_it() -> None:
-    """That of `a` ran in two processes."""
-    measurements = {
-        "first": Measurement(3.1, {"a": 2.0, "b": 1.0}, ["a", "b"]),
-        "second": Measurement(2.25, {"a": 2.0}, ["a"]),
-        "third": Measurement(0.5, {}, ["a"]),
-        "fourth": Measurement(0.5, {}, ["a"]),
-        "other": Measurement(0.25, {}, []),
-    }
-    assert {name: round(seconds, 3) for name, seconds in divide_set_ups(measurements).items()} == {
-        "first": 2.1,
-        "second": 1.25,
-        "third": 1.5,
-        "fourth": 1.5,
-        "other": 0.25,
-    }
-
-
-PREPARED = f"""
-import functools, subprocess, sys, pytest
-
-@functools.cache
-def start(): subprocess.run([sys.executable, "-c", {BUSY!r}], check=True)
-
-@pytest.fixture(scope="session")
-def python(): start()
-
-@pytest.fixture(scope="module", params=[1, 2])
-def twice(request):
-    request.getfixturevalue("python")
-    subprocess.run([sys.executable, "-c", {BUSY!r}], check=True)
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_two(n, twice): pass
-
-def test_one(python): pass
-
-def test_other(): start()
-"""
-
-
-def test_set_ups_are_measured_without_what_they_need(suite: pytest.Pytester) -> None:
-    """Python started three times, each time for two tests: the first test takes part in two."""
-    (suite.path / "tests" / "test_it.py").write_text(PREPARED, encoding="utf-8")
-    run(suite, "--update-times").assert_outcomes(passed=6)
-    seconds = read_times(suite.path / "tests" / "times.json")
-    first = seconds.pop("tests/test_it.py::test_two[1-1]")
-    assert 0.4 <= first < 0.6
-    assert len(seconds) == 4
-    assert all(0.2 <= other < 0.3 for other in seconds.values())
 
 
 def test_a_recorded_time_changes_where_the_measured_one_is_another() -> None:
