@@ -111,7 +111,7 @@ def _traced(
     """Capture with torch.export alone, at the lengths of `first`, and at others until graph and
     module agree, without the groups that were refuted before."""
     wrong = list(refuted_before)
-    general = _widened(request, wrong) if wrong else first
+    general = _widened(request, wrong, first=first) if wrong else first
     special = frozenset[int]()
     while True:
         with PROCESS_STATE, gc_paused():
@@ -122,7 +122,7 @@ def _traced(
         lost = () if special else lost_axes(program, general.wishes)
         if lost:
             special = frozenset(general.tensors[tensor].shape[axis] for tensor, axis in lost)
-            longer = _widened(request, wrong, special)
+            longer = _widened(request, wrong, special, general.first)
             if _shapes(longer) != _shapes(general):
                 general = longer
                 continue
@@ -130,7 +130,7 @@ def _traced(
         if not more:
             break
         wrong += more
-        general = _widened(request, wrong, special)
+        general = _widened(request, wrong, special, first)
     if agree(program, eager, general.tensors) is False:
         raise CaptureError(
             f"{request.module_name}: its exported graph computes other values than the module, on "
@@ -139,35 +139,41 @@ def _traced(
         )
     other = partial(_speculated, request, first)
     captured = _captured(request, WidenedForm(TRACED, general, form), other)
-    if wrong:  # the example's lengths are special; others have a program of their own
-        beyond = (*captured.beyond, _beyond(request, TRACED, first))
-        captured = replace(captured, beyond=beyond)
     example = excluded(captured.program, request.call.tensors, general, request.bounds)
     return _traced(request, first, (*wrong, *example)) if example else captured
 
 
 def _widened(
-    request: CaptureRequest, refused: Sequence[AxisGroup] = (), special: Collection[int] = ()
+    request: CaptureRequest,
+    refused: Sequence[AxisGroup] = (),
+    special: Collection[int] = (),
+    first: Widened | None = None,
 ) -> Widened:
     """The example of a request at general lengths, with neither the groups `refused` nor the
-    lengths `special`."""
+    lengths `special`. Those of `first` have a program of their own."""
     axes = [group.axes for group in refused]
     with PROCESS_STATE, gc_paused():
-        return widen(request.call, request.wishes, request.joining, axes, special)
+        general = widen(request.call, request.wishes, request.joining, axes, special)
+    return replace(general, first=first)
 
 
-def _shapes(general: Widened) -> tuple[torch.Size, ...]:
-    return tuple(tensor.shape for tensor in general.tensors)
+def _shapes(general: Widened) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in general.tensors)
 
 
 def _speculated(request: CaptureRequest, general: Widened) -> Captured:
-    """Capture with branches on data answered and proved, at the lengths of `general`. Raises
-    CaptureError where one is not."""
+    """Capture with branches on data answered and proved, at the lengths of `general`, or at the
+    example's where a branch on a size takes another side there. Raises CaptureError where an answer
+    is not proved."""
     with PROCESS_STATE, gc_paused():
         rows = speculated_form(request, general, request.call.tensors)
     next_way = _in_pieces if rows.traced.lists_classes else _masked
     other = partial(next_way, request, general, rows)
-    return _captured(request, WidenedForm(BY_CLASS, general, rows.form), other)
+    captured = _captured(request, WidenedForm(BY_CLASS, general, rows.form), other)
+    groups = excluded(captured.program, request.call.tensors, general, request.bounds)
+    if not groups or general.first:
+        return captured
+    return _speculated(request, _widened(request, groups, first=general))
 
 
 def _in_pieces(request: CaptureRequest, general: Widened, rows: SpeculatedForm) -> Captured:
@@ -217,6 +223,10 @@ def _captured(
     program = replace(program, graph=with_asserted(program.graph, program.weights))
     masks = constant_masks(program, example)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)
+    other_lengths = [
+        fixed_at_one(at_lengths(general, inputs, sizes))
+        for sizes in sizes_beyond(program, settlement.limiting, tensors, request.bounds)
+    ] + ([general.first] if general.first else [])
     return Captured(
         program,
         eager,
@@ -226,10 +236,7 @@ def _captured(
         other=other,
         way=way.name,
         signature=request.signature.of(value.name for value in program.graph.inputs),
-        beyond=tuple(
-            _beyond(request, way, fixed_at_one(at_lengths(general, inputs, sizes)))
-            for sizes in sizes_beyond(program, settlement.limiting, tensors, request.bounds)
-        ),
+        beyond=tuple(_beyond(request, way, lengths) for lengths in other_lengths),
     )
 
 
@@ -243,7 +250,7 @@ def _beyond(request: CaptureRequest, way: CaptureWay, general: Widened) -> Beyon
             form = way.capture_at(request, general)
         return _captured(request, WidenedForm(way, general, form), example=general.tensors)
 
-    return Beyond(tuple(map(tuple, _shapes(general))), capture_there)
+    return Beyond(_shapes(general), capture_there)
 
 
 def capture_export(

@@ -27,8 +27,9 @@ from moec.capture.sizes.axis_groups import (
 from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError
 from moec.ir.graph import Program, Value
-from moec.ir.sizes.dims import Bounds
-from moec.oracle.agree import agree
+from moec.ir.sizes.dims import parse_dim, symbols
+from moec.ir.sizes.thresholds import violated
+from moec.oracle.agree import agree, sizes_of
 from moec.oracle.cases import Eager
 
 FIXED = "fixed"
@@ -251,13 +252,15 @@ def _subsets(axes: tuple[Axis, ...]) -> Iterator[tuple[Axis, ...]]:
 class Widened:
     """The tensors to export, the axes that may vary in them, and which of these share a size.
 
-    `moved` are the groups whose length differs from the example's.
+    `moved` are the groups whose length differs from the example's. `first` has other lengths, which
+    the program of these excludes.
     """
 
     tensors: tuple[torch.Tensor, ...]
     wishes: tuple[Axes, ...]
     groups: tuple[AxisGroup, ...]
     moved: tuple[AxisGroup, ...]
+    first: Widened | None = None
 
 
 def widen(
@@ -362,13 +365,13 @@ def refuted(
 def excluded(
     program: Program, example: Sequence[torch.Tensor], widened: Widened, fixed: Collection[str]
 ) -> tuple[AxisGroup, ...]:
-    """The groups whose length in the example is outside of the program's bounds, other than those
-    in `fixed`, which the user set."""
-    groups = []
-    for group in widened.moved:
-        tensor, axis = group.axes[0]
-        name = str(program.graph.inputs[tensor].shape[axis])
-        limits = program.graph.bounds.get(name, Bounds())
-        if name not in fixed and not limits.contains(example[tensor].shape[axis]):
-            groups.append(group)
-    return tuple(groups)
+    """The groups of another length than the example's whose length there is outside of the
+    program's bounds, of one size or of a product; not those in `fixed`, which the user set."""
+    sizes, names = sizes_of(program, example), set[str]()
+    for size, limits in program.graph.bounds.items():
+        if violated({size: limits}, sizes) is not None:
+            names |= symbols(parse_dim(size))
+    inputs = program.graph.inputs
+    moved = ((group, group.axes[0]) for group in widened.moved)
+    named = ((group, str(inputs[tensor].shape[axis])) for group, (tensor, axis) in moved)
+    return tuple(group for group, name in named if name in names and name not in fixed)

@@ -31,6 +31,7 @@ from moec.ir.interpret.evaluate import evaluate
 from moec.ir.sizes.dims import Bounds, symbol
 from tests.capture.modules import Function
 from tests.capture.sized import first
+from tests.fuzz.judge import interpreted
 
 T = symbol("T")
 
@@ -261,6 +262,32 @@ def test_rows_that_data_choose_are_cut_on_both_sides_of_a_branch() -> None:
             for x in (torch.randn(size, 3), torch.ones(size, 3)):
                 (ours,) = evaluate(form.program.graph, (x,), form.program.weights)
                 assert torch.equal(ours, copied(x)), size
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "condition",
+    [lambda x: x.shape[0] * x.shape[1] > 20, lambda x: x.shape[1] <= 8, lambda x: len(x) >= 3],
+)
+def test_the_example_has_its_side_where_it_is_exported_at_other_lengths(
+    condition: Callable[[torch.Tensor], bool], batch: int
+) -> None:
+    """The mask is not read, so that the lengths of x are not its own: 4 and 12."""
+
+    def chosen(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows, out = x.flatten(0, 1), x.flatten(0, 1).clone()
+        token = torch.where(rows[:, 0] > 0)[0]
+        out[token] = rows[token] + 1
+        return (out * 0.5 if condition(x) else out).view_as(x)
+
+    def example(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(batch, length, 8), torch.ones(batch, length)
+
+    compiled = moec.compile(Function(chosen), example(batch, 6), target="null", verify="quick")
+    run = interpreted(compiled)
+    for size in ((1, 6), (1, 30), (2, 6), (4, 12), (3, 2))[: 5 if batch == 2 else 2]:
+        inputs = example(*size)
+        assert torch.equal(run(*inputs), chosen(*inputs)), size
 
 
 def test_sides_that_each_hold_a_number_are_not_harmless_elsewhere() -> None:
