@@ -12,9 +12,9 @@ from moec.capture import Captured
 from moec.errors import CaptureError
 from moec.ir.graph import Graph, Value
 from moec.ir.replace_sizes import size_expressions
-from moec.ir.sizes.dims import Bounds, Dim, bind_shape, evaluate_dim, parse_dim, symbols
+from moec.ir.sizes.dims import Bounds, Dim, evaluate_dim, parse_dim, symbols
 from moec.ir.sizes.thresholds import allows, nearest_allowed, sizes_at_changes
-from moec.oracle.agree import at_sizes
+from moec.oracle.agree import at_sizes, sizes_of
 from moec.oracle.cases import Case, drawn_and_run, other_roles, shapes
 from moec.oracle.draws import DRAWS, Draw
 from moec.oracle.tolerance import rounds_to_16_bits
@@ -33,12 +33,10 @@ _KEEPS = (
 _COMPARISONS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge", "eq", "ne"))
 
 
-def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]:
+def _turns(captured: Captured) -> list[dict[str, int]]:
     """Sizes on both sides of each threshold of a size expression, of a mask over positions, and of
     the bounds; only a few small ones."""
-    sizes: dict[str, int] = {}
-    for value, tensor in zip(graph.inputs, example, strict=False):
-        bind_shape(value.shape, tuple(tensor.shape), sizes)
+    graph, sizes = captured.program.graph, sizes_of(captured.program, captured.example)
     bounds = {name: limits for name, limits in graph.bounds.items() if name in sizes}
     expressions = dict.fromkeys(e for op in graph.ops for e in size_expressions(op))
     moved = sizes_at_changes(expressions, bounds, sizes)
@@ -114,7 +112,7 @@ def plans(captured: Captured) -> list[_Plan]:
     result = [(size, draw) for size, draws in few for draw in draws[: 3 if varied else 1]]
     if not sixteen and not varied:
         result.append(({}, DRAWS[1]))
-    others = (*turns(graph, captured.example), *_zeros(graph))
+    others = (*_turns(captured), *_zeros(graph))
     result += [(size, kinds[i % len(kinds)]) for i, size in enumerate(others)]
     return [plan for plan in result if allows(graph.bounds, plan[0])]
 
@@ -173,10 +171,7 @@ def references(
 def _within_memory(captured: Captured, planned: Sequence[_Plan]) -> tuple[list[_Plan], list[str]]:
     """The plans whose results fit into memory together, the first ones, and a sentence for each
     other size."""
-    graph, example = captured.program.graph, captured.example
-    sizes: dict[str, int] = {}
-    for value, tensor in zip(graph.inputs, example, strict=False):
-        bind_shape(value.shape, tuple(tensor.shape), sizes)
+    graph, sizes = captured.program.graph, sizes_of(captured.program, captured.example)
     varying = {
         value.shape for op in graph.ops for value in op.outputs if any(map(symbols, value.shape))
     }

@@ -5,7 +5,8 @@ with what its ops mean, evaluated in float32 (float64 where the model has it) fr
 kernels wrote: errors do not add up, and no choice of experts tips over. The bound of an element is
 half a unit in the last place of its dtype, and what roundings within the kernel can do: the ops are
 evaluated once more, with noise of the size of these roundings on each operand and each intermediate
-result. NaN and infinities must be where the ops give them.
+result. NaN and infinities must be where the ops give them, or may be where they do in 16 bits: 1e-9
+is 0 there, and 0 / 0 is NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -88,16 +90,16 @@ def check_kernels(
     """Compare what the kernels of one function wrote in these calls with its program: everything in
     whole ones, in others what chooses and each kernel in one place, or `only_choices`."""
     sizes = [parts.sizes_of(call) for call in calls]
-    compared: list[bool | frozenset[str]] = [parts.choosing] * len(calls)
+    compared = [parts.choosing] * len(calls)
     if not only_choices:
         compared = [
-            call.complete or _some_values(call, number) | parts.choosing
+            parts.recorded if call.complete else _some_values(call, number) | parts.choosing
             for number, call in enumerate(calls)
         ]
     checked = NOTHING
     for op in parts.ends():
         names = {value.name for value in op.outputs}
-        chosen = [n for n, values in enumerate(compared) if _is_compared(values, names)]
+        chosen = [n for n, values in enumerate(compared) if not values.isdisjoint(names)]
         part = parts.before(op) if chosen else ()
         weights = parts.weights_of(part)
         for n in chosen:
@@ -105,10 +107,6 @@ def check_kernels(
             if checked.wrong:
                 return checked
     return checked
-
-
-def _is_compared(values: bool | frozenset[str], names: set[str]) -> bool:
-    return values is True or (isinstance(values, frozenset) and not values.isdisjoint(names))
 
 
 def _some_values(call: KernelRecord, number: int) -> frozenset[str]:
@@ -259,6 +257,17 @@ class ProgramParts:
         shape = [evaluate_dim(dim, sizes) for dim in value.shape]
         return tensor.reshape(shape).to(dtype)
 
+    def run_as_is(
+        self, part: Sequence[Op], values: Mapping[Value, torch.Tensor], sizes: Mapping[str, int]
+    ) -> tuple[torch.Tensor, ...]:
+        """The results of the last op of a part in the dtypes of the source."""
+        ids = {id(op) for op in part}
+        pairs = zip(self.source.ops, self.graph.ops, strict=True)
+        narrow = {value.name: value for value in self.source.values()}
+        named = {narrow[value.name]: tensor for value, tensor in values.items()}
+        typed = {value: tensor.to(TORCH_DTYPES[value.dtype]) for value, tensor in named.items()}
+        return _run([op for op, wide_op in pairs if id(wide_op) in ids], typed, dict(sizes))
+
     @cached_property
     def inner(self) -> Mapping[Value, float]:
         """The relative size of roundings within the op of each value, before the last one."""
@@ -294,6 +303,8 @@ def _check_part(
     )
     drawn = [next(samples)]
     worst, names = 0.0, set()
+    stops = list(pairwise(_stops(end, call)))
+    groups: list[slice | None] = [slice(*ends) for ends in stops] or [None]
     for number, value in enumerate(end.outputs):
         if value.name not in call.results:
             continue
@@ -305,25 +316,22 @@ def _check_part(
         if end.name == "moe.sort" and number == 1:  # a choice of no expert has any slot after them
             last = call.read_after(end.outputs[2].name)[-1]
             actual = torch.where((exact[1] >= last) & (actual >= last), exact[1], actual)
-        errors = bound.errors(
-            actual, owned_part(exact[number], rows), owned_part(drawn[0][number], rows)
-        )
+        right, noisy = (owned_part(results[number], rows) for results in (exact, drawn[0]))
+        errors = bound.errors(actual, right, noisy)
+        if parts.is_low and bool(errors.isinf().any()):
+            low = owned_part(parts.run_as_is(part, {**weights, **operands}, sizes)[number], rows)
+            right = torch.where(actual.isfinite() | low.isfinite(), right, low.to(right.dtype))
+            errors = bound.errors(actual, right, noisy)
         for sample in samples if bool((errors > 1).any()) else ():
-            other = bound.errors(
-                actual, owned_part(sample[number], rows), owned_part(drawn[0][number], rows)
-            )
+            other = bound.errors(actual, owned_part(sample[number], rows), noisy)
             errors = torch.minimum(errors, torch.where(errors.isinf(), errors, other))
             if not (errors > 1).any():
                 break
         error = float(errors.max()) if errors.numel() else 0.0
-        why = _words(errors, actual, owned_part(exact[number], rows)) if error > 1 else ""
+        why = _words(errors, actual, right) if error > 1 else ""
         if not why and actual.is_floating_point():
-            for of_expert in _groups(end, call):
-                tensors = (
-                    owned_part(tensor, rows)[of_expert]
-                    for tensor in (actual, exact[number], drawn[0][number])
-                )
-                slope, allowed = bound.slope(*tensors)
+            for of_expert in groups:
+                slope, allowed = bound.slope(*(t[of_expert] for t in (actual, right, noisy)))
                 error = max(error, abs(slope) / allowed)
                 if abs(slope) > allowed:
                     why = f"its values are {1 + slope:.4g} times those of the op"
@@ -332,7 +340,8 @@ def _check_part(
         if why:
             wrong = WrongKernel(call.kernels[value.name], value.name, end.line or end.origin, why)
             return KernelsChecked(frozenset(names), 1, worst, None, wrong)
-    return KernelsChecked(frozenset(names), 1, worst, _least_rows(end, call))
+    least = min((stop - start for start, stop in stops), default=None)
+    return KernelsChecked(frozenset(names), 1, worst, least)
 
 
 def _run(
@@ -384,16 +393,12 @@ class _Noise:
         return tensor * (1 + noise * drawn)
 
 
-def _groups(op: Op, call: KernelRecord) -> Iterator[slice | None]:
-    """The rows of each expert; None, all, for other ops."""
+def _stops(op: Op, call: KernelRecord) -> list[int]:
+    """0 and the end of each expert's rows in a grouped op; empty for other ops."""
     ends = inputs_of(op).get("ends") if op.name.startswith("grouped.") else None
     if ends is None or ends.name not in call.results:
-        yield None
-        return
-    start = 0
-    for stop in call.read_after(ends.name).tolist():
-        yield slice(start, stop)
-        start = stop
+        return []
+    return [0, *call.read_after(ends.name).tolist()]
 
 
 def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | None:
@@ -408,16 +413,6 @@ def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | 
 
 def owned_part(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
     return tensor if rows is None else tensor[:rows]
-
-
-def _least_rows(op: Op, call: KernelRecord) -> int | None:
-    if not op.name.startswith("grouped."):
-        return None
-    ends = inputs_of(op).get("ends")
-    if ends is None or ends.name not in call.results:
-        return None
-    tensor = call.read_after(ends.name).long()
-    return int(torch.diff(tensor, prepend=tensor.new_zeros(1)).min()) if len(tensor) else None
 
 
 def _words(errors: torch.Tensor, actual: torch.Tensor, exact: torch.Tensor) -> str:

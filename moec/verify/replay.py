@@ -29,14 +29,11 @@ def choices(graph: Graph, written: Tensors) -> dict[str, torch.Tensor]:
 
 def _chosen(op: Op, graph: Graph, written: Tensors) -> tuple[Value, ...]:
     floats = any(value.dtype in ("f64", "f32", "bf16", "f16") for value in op.inputs)
-    if not floats or all(_is_float(value) for value in op.outputs):
+    types = [TORCH_DTYPES[value.dtype] for value in op.outputs]
+    if not floats or all(dtype.is_floating_point or dtype.is_complex for dtype in types):
         return ()
     read = tuple(v for v in op.outputs if v in graph.readers or v in graph.results)
     return read if all(value.name in written for value in read) else ()
-
-
-def _is_float(value: Value) -> bool:
-    return TORCH_DTYPES[value.dtype].is_floating_point or TORCH_DTYPES[value.dtype].is_complex
 
 
 def replayed(

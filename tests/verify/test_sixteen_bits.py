@@ -13,7 +13,7 @@ import moec
 from moec.errors import VerificationError
 from moec.model.compiled import CompiledModel
 from moec.verify.check import check
-from tests.capture.modules import EXPERTS, WIDTH, Moe
+from tests.capture.modules import EXPERTS, WIDTH, Function, Moe
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -90,3 +90,23 @@ def test_nan_of_eager_in_float32_excuses_nothing(
     )
     with pytest.raises(VerificationError):
         check(compiled.captured, runs(compiled, 1.5), compiled.pass_results)
+
+
+ROWS = {
+    "log": lambda x: (x + 1e-8).log(),
+    "times log": lambda x: (x + 1e-8).log() * x,
+    "difference": lambda x: (x * 300).square() - (x * 300).square().flip(0),
+    "quotient": lambda x: x / x.amax(-1, keepdim=True).clamp(min=1e-9),
+    "masked": lambda x: torch.where(x < 1, -1e5, x).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_the_model_in_its_dtype_has_of_nan_the_code_may_have(name: str) -> None:
+    """Where float32 has numbers: 1e-8 is 0 in float16, and 1e5 is infinity."""
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)).relu().half()
+    x[0, 2:] = 0
+    module = Function(lambda x: ROWS[name](x.relu()))
+    result = moec.compile(module, (x,))(x)
+    assert not module(x).isfinite().all()
+    torch.testing.assert_close(result, module(x), rtol=2e-3, atol=1e-3, equal_nan=True)

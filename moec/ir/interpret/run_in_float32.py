@@ -40,7 +40,7 @@ def all_in_float32(
     choices: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> list[Results]:
     """The results of `in_float32` in each case; a weight is read and cast once for all. `folded`:
-    what depends on weights alone is computed in the program's own dtypes, as by a pass that folds
+    what depends on no input is computed in the program's own dtypes, as by a pass that folds
     constants: the rounding of 1 + bias in 16 bits is no error. `choices` takes the
     place of what the program computes in each case, by the names of its values."""
     return _runner(program, folded=folded, choices=choices)(cases)
@@ -57,7 +57,7 @@ def _runner(
     that reads it, so that one is in memory in float32 at a time."""
     source = replace(program.graph, outputs=program.graph.results, states=())
     graph = widen(source)
-    constant = [bool(op.inputs) and not [*size_expressions(op)] for op in source.ops]
+    constant = [not [*size_expressions(op)] for op in source.ops]
 
     def run_all(cases: Sequence[Tensors]) -> list[Results]:
         narrow = {param: program.weights[param.name] for param in source.params}
