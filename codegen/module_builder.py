@@ -215,7 +215,9 @@ class Lowering:
 
 
 def _reshape(value: relax.Expr, shape: relax.ShapeExpr) -> relax.Expr:
-    return relax.op.reshape(value, shape)
+    empty = any(isinstance(size, tirx.IntImm) and not size.value for size in shape.values)
+    # To TVM's reshape, a 0 is the size that the value has at that axis.
+    return (relax.op.memory.view if empty else relax.op.reshape)(value, shape)
 
 
 def _same_shape(value: relax.Expr, shape: relax.ShapeExpr) -> bool:
