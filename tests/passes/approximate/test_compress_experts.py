@@ -14,6 +14,7 @@ from moec.ir.formats.compressed import PARTS, decompress
 from moec.ir.formats.ternary import codes_of, grid_of, values
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.run_in_float32 import all_in_float32
 from moec.ir.text import print_graph
 from moec.passes.approximate.compress_experts import CompressExperts, rows_of_experts
 from moec.passes.calibration.gptq import damp, hessian
@@ -94,6 +95,9 @@ def test_the_fused_product_means_the_compressed_model():
     ids = tokens(48, 3)
     (expected,), (actual,) = outputs(after, ids), outputs(fused, ids)
     assert 0 < (actual - expected).norm() <= 1e-4 * expected.norm()
+    after.weights["embed"][:, 0] = 1000.0
+    (expected,), (actual,) = (all_in_float32(part, [[ids]])[0] for part in (after, fused))
+    torch.testing.assert_close(actual, expected)  # beside 1000, 16 bits lose the small elements
 
 
 def test_bytes_are_those_of_the_parts():

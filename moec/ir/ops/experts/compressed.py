@@ -81,8 +81,8 @@ def grouped_compressed(
     """x, ends[E], (parts of a stack)…, biases[E, N]…, order[R]?, scale[T, k]? -> h[R, N].
 
     As grouped.linear, where each stack is moe.decompress of its parts, the row is
-    `formats.integer.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary.
-    `scaled` multiplies the product.
+    `formats.integer.round_rows` of x to `row_bits`, 16 by default, and products are in float32.
+    `kind` is ternary. `scaled` multiplies the product.
     """
     inputs = tensors_of("grouped.compressed", op, tensors, attrs)
     x = inputs["x"]
@@ -92,5 +92,5 @@ def grouped_compressed(
     def matrices(expert: int) -> list[torch.Tensor]:
         return [stack[expert] for stack in stacks]
 
-    rows = round_rows(x, 1, X_BITS)
+    rows = round_rows(x, 1, attrs.get("row_bits", X_BITS))
     return in_float32(op, lambda _: rows, inputs, attrs, run, matrices, stacks[0].shape[1])
