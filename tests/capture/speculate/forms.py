@@ -91,7 +91,8 @@ def the_experts_that_were_hit(layer: Layer, x: Tensor) -> Tensor:
 def unique_without_lists(layer: Layer, x: Tensor) -> Tensor:
     flat = x.reshape(-1, D)
     weights, ids = layer.choose(flat)
-    out = torch.zeros_like(flat)
+    ids, order = ids.sort(-1)
+    weights, out = weights.gather(-1, order), torch.zeros_like(flat)
     for index in ids.unique():
         token, slot = torch.where(ids == index)
         out[token] += layer.experts[index.item()](flat[token]) * weights[token, slot, None]

@@ -57,11 +57,11 @@ def _chosen(position: int, default: int | None, distinct: bool) -> Rule:
         if dim is None or not isinstance(index, torch.Tensor):
             return
         choice = facts.of(first).choice
+        if choice is not None and isinstance(result, tuple):
+            facts.note(result[0], choice=choice, high=facts.of(first).high)
         if choice is not None and first.ndim == 1 and distinct:
             choice.sorted = first
             facts.note(index, order=Order(choice, lambda rows: rows))
-            if isinstance(result, tuple):
-                facts.note(result[0], choice=choice, high=facts.of(first).high)
             return
         size = first.shape[dim] if first.ndim else 1
         if isinstance(size, int):
