@@ -18,13 +18,6 @@ import pytest
 
 SMALLEST = 0.1
 """Seconds. Tests below are not recorded, which keeps the file and its changes short."""
-TOLERANCE = 0.25
-"""A recorded time stays until the measured one differs by more than this part of it."""
-PROPERTY = "cpu_seconds"
-"""The property of a report that has the seconds."""
-
-Seconds = Mapping[str, float]
-"""CPU seconds by the id of the test: tests/api/test_quant.py::test_formats[int8]."""
 
 
 def cpu_seconds() -> float:
@@ -56,24 +49,15 @@ def read_times(path: Path) -> dict[str, float]:
     return {f"{file}::{test}": t for file, tests in files.items() for test, t in tests.items()}
 
 
-def write_times(path: Path, seconds: Seconds) -> None:
+def write_times(path: Path, seconds: Mapping[str, float]) -> None:
+    """One digit of each, so that few lines change."""
     files: dict[str, dict[str, float]] = {}
     for name in sorted(seconds):
         if seconds[name] >= SMALLEST:
             file, _, test = name.partition("::")
-            files.setdefault(file, {})[test] = seconds[name]
+            files.setdefault(file, {})[test] = float(f"{seconds[name]:.1g}")
     text = json.dumps(files, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def update_times(recorded: Seconds, measured: Seconds) -> dict[str, float]:
-    """The measured times; where they hardly differ, as recorded, so that few lines change."""
-    return {
-        name: recorded[name]
-        if name in recorded and abs(seconds - recorded[name]) <= TOLERANCE * recorded[name]
-        else float(f"{seconds:.2g}")
-        for name, seconds in measured.items()
-    }
 
 
 class CpuTimes:
@@ -94,12 +78,12 @@ class CpuTimes:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if call.when == "teardown":
-            report.user_properties.append((PROPERTY, cpu_seconds() - self._start))
+            report.user_properties.append(("cpu_seconds", cpu_seconds() - self._start))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
-            self._measured[report.nodeid] = float(str(dict(report.user_properties)[PROPERTY]))
+            self._measured[report.nodeid] = float(str(dict(report.user_properties)["cpu_seconds"]))
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
@@ -107,23 +91,21 @@ class CpuTimes:
         count = config.getoption("--slowest")
         if count:
             terminalreporter.section(f"slowest {count} tests, in CPU seconds")
-            for line in list_slowest(self._measured, count):
-                terminalreporter.write_line(line)
+            first = sorted(self._measured.items(), key=lambda pair: -pair[1])[:count]
+            total = f"all {len(self._measured):,} tests"
+            for name, seconds in (*first, (total, sum(self._measured.values()))):
+                terminalreporter.write_line(f"{seconds:8.1f}  {name}")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """What is recorded of tests that did not run stays, unless all ran: then they have gone."""
         config = session.config
         if config.getoption("--update-times") and not hasattr(config, "workerinput"):
-            recorded = read_times(path := times_file(config))
-            others = {} if runs_all(config) and exitstatus == pytest.ExitCode.OK else recorded
-            write_times(path, {**others, **update_times(recorded, self._measured)})
-
-
-def list_slowest(measured: Seconds, count: int) -> list[str]:
-    """The slowest tests, one a line, and the sum of all."""
-    first = sorted(measured.items(), key=lambda pair: -pair[1])[:count]
-    lines = [f"{seconds:8.1f}  {name}" for name, seconds in first]
-    return [*lines, f"{sum(measured.values()):8.1f}  all {len(measured):,} tests"]
+            path, all_ran = (
+                times_file(config),
+                runs_all(config) and exitstatus == pytest.ExitCode.OK,
+            )
+            others = {} if all_ran else read_times(path)
+            write_times(path, {**others, **self._measured})
 
 
 def runs_all(config: pytest.Config) -> bool:
