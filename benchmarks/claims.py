@@ -248,11 +248,4 @@ CLAIMS = (
         "trained model; table 4 of arXiv 2410.19123 has 34.19, 33.90 and 44.16 % for two of seven "
         "experts, 67.52, 66.95 and 77.21 % for four.",
     ),
-    Claim(
-        "fuzz",
-        "Random MoE layers",
-        "Layers that `tests/fuzz` writes, by outcome; each is compared with eager at six sizes and "
-        "on four kinds of inputs. `compiled %` is a share of the layers that run in eager. Seeds "
-        "add up. A row is not corrected after what it counts was mended.",
-    ),
 )

@@ -2,10 +2,10 @@
 
     python -m tests.fuzz --count N --seed S        counts of outcomes, and each that is wrong
     python -m tests.fuzz --seed S --only 17        one of them: its source and its outcome
+    python -m tests.fuzz --seed S --rewritten      equal forms of their graphs, beside the graphs
 
 The graph after all passes is interpreted. Every 20th layer is also compiled to machine code and
-run; the last line has their number. `--results FILE` appends the counts to a file of records, in
-which they add up from run to run.
+run; the last line has their number. A form has one to three rewrites (`tests.fuzz.rewrites`).
 
 Exit status: 1 if a layer was wrong, crashed, or does not run in eager.
 """
@@ -19,15 +19,13 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.records import Record, append_record, measured_now
-from moec.target.cpu import processor
 from tests.fuzz.judge import Outcome, in_folder, judge
 from tests.fuzz.layer import draw, source
+from tests.fuzz.rewrites import rewritten_layer
 
 BAD = (Outcome.WRONG, Outcome.CRASH, Outcome.EAGER)
 
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--build", action="store_true", help="machine code of every layer")
     parser.add_argument("--build-every", type=int, default=20, help="of each such; default: 20")
     parser.add_argument("--record", type=Path, help="a file for one line of JSON a layer")
-    parser.add_argument("--results", type=Path, help="a file of records, for the counts")
+    parser.add_argument("--rewritten", action="store_true", help="forms of graphs, interpreted")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -50,16 +48,21 @@ def main(arguments: Sequence[str]) -> int:
         numbers = range(options.only, options.only + 1)
         print(source(draw(options.seed, options.only)))
     counts: collections.Counter[Outcome] = collections.Counter()
-    kinds: collections.Counter[str] = collections.Counter()
-    begin = time.monotonic()
+    changes: collections.Counter[str] = collections.Counter()
+    builds, begin = 0, time.monotonic()
     with in_folder() as folder:
         for number in numbers:
             layer, start = draw(options.seed, number), time.monotonic()
             name = f"layer_{options.seed}_{number}"
-            built = options.build or (number + 1) % options.build_every == 0
-            verdict = judge(layer, name, Path(folder), built)
-            kinds["machine code" if built else "interpreted"] += 1
-            seconds = time.monotonic() - start
+            every = 1 if options.build else options.build_every
+            built = not options.rewritten and (number + 1) % every == 0
+            if options.rewritten:
+                before, verdict = rewritten_layer(layer, name, Path(folder))
+                if before is not verdict.outcome:
+                    changes[f"{before} -> {verdict.outcome}"] += 1
+            else:
+                verdict = judge(layer, name, Path(folder), built)
+            builds += built
             counts[verdict.outcome] += 1
             if verdict.outcome in BAD or options.only is not None:
                 print(f"{number}: {verdict.outcome}: {verdict.words}\n    {layer}", flush=True)
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
                 line = {
                     "number": number,
                     "outcome": verdict.outcome,
-                    "seconds": round(seconds, 1),
+                    "seconds": round(time.monotonic() - start, 1),
                     "words": verdict.words[-1500:],
                     "layer": str(layer),
                 }
@@ -75,32 +78,11 @@ def main(arguments: Sequence[str]) -> int:
                     file.write(json.dumps(line) + "\n")
     for outcome in Outcome:
         print(f"{counts[outcome]:6} {outcome}")
-    seconds = (time.monotonic() - begin) / max(1, kinds.total())
-    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    print(f"{seconds:.1f} s a layer: {shown}")
-    if options.results:
-        append_record(_record(options, counts, kinds), options.results)
+    for change, count in sorted(changes.items()):
+        print(f"{count:6} {change}")
+    seconds = (time.monotonic() - begin) / max(1, counts.total())
+    print(f"{seconds:.1f} s a layer; machine code of {builds}")
     return int(any(counts[outcome] for outcome in BAD))
-
-
-def _record(
-    options: argparse.Namespace,
-    counts: collections.Counter[Outcome],
-    kinds: collections.Counter[str],
-) -> Record:
-    compilable = counts.total() - counts[Outcome.EAGER]
-    compiled = counts[Outcome.BLOCKS] + counts[Outcome.DENSE]
-    first = options.start
-    row = {
-        "layers": counts.total(),
-        "machine code": kinds["machine code"],
-        **{str(outcome): counts[outcome] for outcome in Outcome},
-        "compiled %": round(100 * compiled / max(1, compilable), 1),
-    }
-    case = f"seed {options.seed}, from {first}"
-    record = measured_now("fuzz", case, processor(), [row], "one thread")
-    words = f"--count {options.count} --seed {options.seed} --start {first}"
-    return replace(record, command=f"python -m tests.fuzz {words}")
 
 
 if __name__ == "__main__":

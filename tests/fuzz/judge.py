@@ -20,9 +20,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import moec
+from moec.capture import Captured, capture
 from moec.errors import InputError, IRError, MoecError
-from moec.ir.graph import Program
+from moec.ir.graph import Graph, Program
 from moec.ir.interpret.evaluate import evaluate
+from moec.ir.interpret.graph_module import GraphModule
 from moec.ir.interpret.run_in_float32 import (
     all_in_float32,
     eager_in_float32,
@@ -43,6 +45,10 @@ SIZES = (EXAMPLE, (1, 1), (1, 2), (2, 1), (3, 7), (1, 40), (5, 31), (8, 90))
 SHORT = {"float16": "f16", "bfloat16": "bf16"}
 """Types of 16 bits, and moec's names for them."""
 DRAWS = ("normal", "alike", "wide", "padded")
+
+
+Form = Callable[[Graph], Graph]
+"""Another graph that computes the same."""
 
 
 class Outcome(enum.StrEnum):
@@ -80,10 +86,12 @@ class Answer:
             return self.run(widened)
 
 
-def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict:
-    """Compiles the layer from a file of its own; `built` also makes and runs machine code, else
-    the graph after all passes is interpreted, in 16 bits in float32 as the layer then is, so that
-    rounding excuses nothing."""
+def judge(
+    layer: Layer, name: str, folder: Path, built: bool = False, form: Form | None = None
+) -> Verdict:
+    """Compiles the layer from a file of its own, or a form of its graph, which has no other sides.
+    `built` also makes and runs machine code, else the graph after all passes is interpreted, in 16
+    bits in float32 as the layer then is, so that rounding excuses nothing."""
     widened = layer.dtype in SHORT and not built
     try:
         module, example = load(layer, name, folder), draw("normal", layer.example, EXAMPLE, layer)
@@ -93,7 +101,12 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         return Verdict(Outcome.EAGER, traceback.format_exc())
     try:
         target = "cpu" if built else "null"
-        compiled = moec.compile(module, example, target=target, kv_cache=built, verify=built)
+        if form is not None:
+            compiled = _compiled_form(capture(module, example), form)
+            within = compiled.captured.program
+            answers = [answer for answer in answers if not _refusal(within, answer.inputs)]
+        else:
+            compiled = moec.compile(module, example, target=target, kv_cache=built, verify=built)
         run = compiled if built else interpreted(compiled, widened)
         if widened:
             folded = interpreted(compiled, folded=True)
@@ -111,6 +124,19 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         return Verdict(Outcome.REFUSED, f"{refused[0]} ({len(refused)} of {len(answers)} calls)")
     reasons = "; ".join(d.reason for d in compiled.declined if not d.reason.startswith("router"))
     return Verdict(Outcome.BLOCKS if compiled.blocks else Outcome.DENSE, reasons)
+
+
+def _compiled_form(captured: Captured, form: Form) -> CompiledModel:
+    """A form of the first capture of which one compiles."""
+    program = Program(form(captured.program.graph), captured.program.weights)
+    example, signature = captured.example, captured.signature
+    module = GraphModule(program, {}, (example, {}), captured.structure, signature=signature)
+    try:
+        return moec.compile(module, example, target="null", verify=False)
+    except MoecError:
+        if captured.other is None:
+            raise
+        return _compiled_form(captured.other(), form)
 
 
 def load(layer: Layer, name: str, folder: Path) -> nn.Module:

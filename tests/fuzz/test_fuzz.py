@@ -3,22 +3,27 @@ number of layers."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+from moec.capture import capture
 from moec.capture.sizes.settle import Settled
 from moec.errors import InputError, IRError
 from moec.ir.graph import Program
+from moec.ir.interpret.evaluate import evaluate
 from moec.ir.interpret.run_in_float32 import InFloat32
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.proof.prove import Prover
-from tests.fuzz import branches
+from tests.capture.modules import Function
+from tests.fuzz import branches, rewrites
 from tests.fuzz.judge import (
     DRAWS,
     EXAMPLE,
@@ -196,9 +201,10 @@ def test_the_first_of_equal_scores_counts_where_a_result_is_not_that_of_eager() 
 
 def test_a_proof_that_accepts_all_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Prover, "prove", lambda *args, **options: None)
-    verdict = judge(replace(PLAIN, router="threshold"), "unproved", tmp_path)
-    assert verdict.outcome is Outcome.WRONG
-    assert "differs by" in verdict.words
+    monkeypatch.setattr(rewrites, "REWRITES", {"commuted": rewrites.REWRITES["commuted"]})
+    before, form = rewrites.rewritten_layer(replace(PLAIN, router="threshold"), "any", tmp_path)
+    assert before is form.outcome is Outcome.WRONG
+    assert "commuted: normal 2x6: output 0 differs by" in form.words
 
 
 BRANCHED = replace(
@@ -252,3 +258,23 @@ def test_an_error_that_is_no_refusal_is_found(
     verdict = judge(PLAIN, "failing", tmp_path)
     assert verdict.outcome is Outcome.CRASH
     assert type(error).__name__ in verdict.words
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    scores, ids = x.softmax(-1), x.argsort(-1)[:, :2]
+    share = scores.gather(-1, ids) / (scores.sum() - x.abs().amax(-1, keepdim=True) + 9)
+    rows = torch.bmm(x.expand(3, *x.shape), x.new_ones(3, 6, 4)).sum(0).view(-1, 2, 2)
+    y = functional.linear(functional.silu(x), x.new_ones(5, 6), x.new_ones(5)) * share[:, :1]
+    return torch.cat([share, rows.flatten(1), y], 1)
+
+
+@pytest.mark.parametrize("name", rewrites.REWRITES)
+def test_a_rewrite_gives_an_equal_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 6)
+    monkeypatch.setattr(rewrites, "REWRITES", {name: rewrites.REWRITES[name]})
+    program = capture(Function(mixed), (x,)).program
+    names = list[str]()
+    graph = rewrites.rewritten(names, random.Random(0), program.graph)
+    assert names == [name]
+    (result,) = evaluate(graph, (x,), program.weights)
+    torch.testing.assert_close(result, mixed(x), rtol=1e-4, atol=1e-5)
