@@ -19,16 +19,9 @@ from benchmarks.systems.latency import examples
 
 import torch  # isort: skip
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.plan.simulation.replay import (
-    Policy,
-    batches_by_expert,
-    batches_in_order,
-    cache_hits,
-    experts_per_batch,
-)
 from moec.target.cpu import processor
 
-POLICIES: tuple[Policy, ...] = ("random", "lru", "belady")
+POLICIES = ("random", "lru", "belady")
 BUDGET = 8  # requests in a batch
 
 
@@ -57,14 +50,15 @@ def main() -> int:
             shares = []
             for trace in traces:
                 uses = [experts[t] for t in range(len(trace[0])) for experts in trace]
-                shares.append(100 * cache_hits(uses, size, policy) / len(uses))
+                shares.append(100 * example.cache_hits(uses, size, policy) / len(uses))
             row[f"{policy} %"] = round(mean(shares), 2)
         rows.append(row)
         print("  ".join(f"{key} {cell}" for key, cell in row.items()))
     last = [[experts[-1] for experts in trace] for trace in traces]
+    in_order = [range(start, start + BUDGET) for start in range(0, len(last[0]), BUDGET)]
     counts = [
-        mean(experts_per_batch(trace, batch(trace, BUDGET)) for trace in last)
-        for batch in (batches_in_order, batches_by_expert)
+        mean(example.experts_per_batch(trace, batches(trace)) for trace in last)
+        for batches in (lambda _: in_order, lambda t: example.batches_by_expert(t, BUDGET))
     ]
     conditions = "experts in a batch of {}: {:.2f} as they come, {:.2f} by expert".format(
         BUDGET, *counts

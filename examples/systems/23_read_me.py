@@ -15,18 +15,13 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.plan.simulation.replay import (
-    batches_by_expert,
-    batches_in_order,
-    cache_hits,
-    experts_per_batch,
-)
 
 
 @dataclass(frozen=True)
@@ -322,6 +317,35 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Experts(experts).eval(), inputs
 
 
+def cache_hits(trace: Sequence[int], size: int, policy: str) -> int:
+    """The uses in a trace that hit a cache of `size` experts, which is empty at first."""
+    later: dict[int, int] = {}
+    following = [len(trace)] * len(trace)
+    for time, expert in reversed([*enumerate(trace)]):
+        following[time], later[expert] = later.get(expert, len(trace)), time
+    generator, hits = Random(0), 0
+    cached: dict[int, float] = {}  # by expert: its rank in the policy; the least is evicted
+    for time, expert in enumerate(trace):
+        hits += expert in cached
+        if expert not in cached and len(cached) == size:
+            del cached[min(cached, key=cached.__getitem__)]
+        ranks = {"belady": -following[time], "lru": time, "random": generator.random()}
+        cached[expert] = ranks[policy]
+    return hits
+
+
+def batches_by_expert(trace: Sequence[int], budget: int) -> list[list[int]]:
+    """The indices of a trace in batches of `budget`, those of the most frequent experts first."""
+    ordered = sorted(
+        range(len(trace)), key=lambda index: (-trace.count(trace[index]), trace[index])
+    )
+    return [ordered[start : start + budget] for start in range(0, len(trace), budget)]
+
+
+def experts_per_batch(trace: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    return sum(len({trace[index] for index in batch}) for batch in batches) / len(batches)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     router_size, total, active = parameters(LLAMA_2_7B)
@@ -356,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for policy in ("random", "lru", "belady")
         ]
         print("cache of {}: random {:.1f} %, LRU {:.1f} %, Belady {:.1f} %".format(size, *rates))
-    fifo = experts_per_batch(trace, batches_in_order(trace, 8))
+    fifo = experts_per_batch(trace, [range(i, i + 8) for i in range(0, len(trace), 8)])
     grouped = experts_per_batch(trace, batches_by_expert(trace, 8))
     print(f"experts in a batch of 8 requests: {fifo:.2f} as they come, {grouped:.2f} by expert")
 

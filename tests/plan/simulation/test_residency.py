@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.errors import UsageError
-from moec.plan.simulation.replay import cache_hits
 from moec.plan.simulation.residency import EVICTIONS, Eviction, hit_rates, layer_hits
 from moec.plan.simulation.slots_by_trace import slots_by_trace
 from moec.runtime.call.routing_trace import RoutingTrace
 from moec.runtime.expert_store.slots import LayerSize, MemoryLimit
+from tests.systems.records import load
 
+system = load("23_read_me")
 WORKING = MemoryLimit(0, 0, 0).working
 
 
@@ -37,8 +38,8 @@ def hits_of(experts: list[int], slots: int, eviction: Eviction) -> int:
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=60), st.integers(1, 8))
 def test_one_expert_a_step_is_a_cache(experts, slots):
-    assert hits_of(experts, slots, Eviction("lru")) == cache_hits(experts, slots, "lru")
-    best = cache_hits(experts, slots, "belady")
+    assert hits_of(experts, slots, Eviction("lru")) == system.cache_hits(experts, slots, "lru")
+    best = system.cache_hits(experts, slots, "belady")
     assert hits_of(experts, slots, Eviction("belady", window=len(experts))) == best
     for eviction in EVICTIONS:
         assert hits_of(experts, slots, eviction) <= best
