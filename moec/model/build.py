@@ -30,8 +30,7 @@ from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
 from moec.verify import check as checking
-from moec.verify.code import check_case, check_choices, check_code, kernels_line
-from moec.verify.kernels import ProgramParts
+from moec.verify.code import check_case, check_choices, check_code, kernels_line, parts_of
 from moec.verify.recording import Recording
 from moec.verify.references import intended
 from moec.verify.texts import InterpretedDecoder, check_texts, pieces_of
@@ -191,11 +190,11 @@ def _check_code(
     if package.gpu is None:
         recording = Recording(package, {})
         executor = recording.executor()
-        parts: dict[str, ProgramParts] = {}
+        parts = parts_of(package, compiled.module)
 
         def written() -> dict[str, torch.Tensor]:
             calls = recording.take()
-            check_choices(compiled.module, calls, parts)
+            check_choices(parts, calls)
             return {name: tensor for call in calls for name, tensor in call.results.items()}
 
         kernels = checking.Kernels(

@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 
 from moec.errors import UnsupportedError
-from moec.ir.formats.integer import dequantise
+from moec.ir.formats.integer import dequantise, some_rows
 from moec.ir.graph import Attr, Graph, Op, Program, Value
 from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, StoredMatrix, matrices_of
 from moec.passes.core.damage import RoundingStats
@@ -154,9 +154,10 @@ def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
             part = number if part is None else part
             wide += weight.numel() * weight.element_size()
             few += stored.format.nbytes(*weight.shape)
-            a, b = weight.float(), dequantise(stored.format.kind, *parts)
-            off[part] = off.get(part, 0.0) + float((a - b).double().pow(2).sum())
-            size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
+            for rows, *codes in some_rows(weight, *parts):
+                a, b = rows.float(), dequantise(stored.format.kind, *codes)
+                off[part] = off.get(part, 0.0) + float((a - b).double().pow(2).sum())
+                size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
     errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
     return QuantisedLine(
         collapse_layer_indices(tuple(dict.fromkeys(_module_path(op) for op in ops))),

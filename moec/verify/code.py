@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +35,12 @@ def check_code(
     cases, for an input in which every expert of every layer has `ROWS` rows, and for texts in
     pieces. Raises VerificationError, naming the kernel, where one is wrong."""
     experts = {name: n for program in module for name, n in _choices(module[program].graph).items()}
-    recording = Recording(package, experts)
+    parts = parts_of(package, module)
+
+    def needs(call: KernelRecord, number: int) -> Collection[str]:
+        return parts[call.function].needed(call, number) if call.function in parts else ()
+
+    recording = Recording(package, experts, needs=needs)
     executor = recording.executor()
     names = [value.name for value in captured.program.graph.inputs]
     for number, case in enumerate(cases):
@@ -52,28 +56,32 @@ def check_code(
     recording.spread = recording.complete = False
     if DECODE in package.functions and package.generation is not None:
         _continue_text(executor, recording, stops_of(package.generation)[1:])
-    return _check(module, recording.take())
+    return _check(parts, recording.take())
 
 
 def check_case(package: Package, module: Module, captured: Captured, case: Case) -> None:
     """Compare what every kernel writes in a case. Raises VerificationError where one is wrong."""
     recording = Recording(package, {}, complete=True)
     _run(recording.executor(), [value.name for value in captured.program.graph.inputs], case)
-    _check(module, recording.take())
+    _check(parts_of(package, module), recording.take())
 
 
-def check_choices(
-    module: Module, calls: Sequence[KernelRecord], parts: dict[str, ProgramParts]
-) -> None:
-    """Compare what kernels chose in these calls, and from what. `parts` of functions are kept for
-    the next time. Raises VerificationError where a choice is wrong."""
+def check_choices(parts: Mapping[str, ProgramParts], calls: Sequence[KernelRecord]) -> None:
+    """Compare what kernels chose in these calls, and from what, with the `parts` of each function.
+    Raises VerificationError where a choice is wrong."""
     for call in calls:
-        if call.function not in module:
-            continue
-        if call.function not in parts:
-            parts[call.function] = ProgramParts(module[call.function], frozenset(call.results))
-        if wrong := check_kernels(parts[call.function], [call], only_choices=True).wrong:
+        of_call = parts.get(call.function)
+        if of_call and (wrong := check_kernels(of_call, [call], only_choices=True).wrong):
             raise VerificationError(str(wrong))
+
+
+def parts_of(package: Package, module: Module) -> dict[str, ProgramParts]:
+    """Each function whose calls are compared, in parts."""
+    return {
+        name: ProgramParts(module[name], frozenset(v for site in sites for _, v in site.results))
+        for name, sites in package.calls.items()
+        if name in module
+    }
 
 
 def _run(executor: Executor, names: Sequence[str], case: Case) -> None:
@@ -81,13 +89,11 @@ def _run(executor: Executor, names: Sequence[str], case: Case) -> None:
     executor(dict(zip(names, case, strict=False)))
 
 
-def _check(module: Module, calls: Sequence[KernelRecord]) -> KernelsChecked:
+def _check(parts: Mapping[str, ProgramParts], calls: Sequence[KernelRecord]) -> KernelsChecked:
     checked = NOTHING
-    for name, of_name in groupby(sorted(calls, key=lambda c: c.function), lambda c: c.function):
-        if name in module:
-            of_function = list(of_name)
-            parts = ProgramParts(module[name], frozenset(of_function[0].results))
-            checked = checked.joined(check_kernels(parts, of_function))
+    for name, of_function in parts.items():
+        same = [call for call in calls if call.function == name]
+        checked = checked.joined(check_kernels(of_function, same))
     if checked.wrong:
         raise VerificationError(str(checked.wrong))
     return checked

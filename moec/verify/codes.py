@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moec.errors import VerificationError
-from moec.ir.formats.integer import dequantise
+from moec.ir.formats.integer import dequantise, some_rows
 from moec.ir.formats.notation import Format
 from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.runner import PassResult
@@ -40,9 +40,10 @@ def check_codes(pass_results: Sequence[PassResult]) -> None:
     ops = (op for op in after.graph.ops if op.name in QUANTISED_OPS)
     matrices = {s.matrix.codes.name: s for op in ops for s in matrices_of(op)}
     for name, stored in matrices.items():
+        steps = _SOLVED if name.rpartition(".codes")[0] in solved else 0.5
         for number, weight, parts in stored_parts(stored, before, after):
-            steps = _SOLVED if name.rpartition(".codes")[0] in solved else 0.5
-            wrong = _beyond(stored.format, steps, weight, *parts)
+            rows = some_rows(weight, *parts)
+            wrong = torch.cat([_beyond(stored.format, steps, *block) for block in rows])
             if bool(wrong.any()):
                 first = [n for n in (number, *torch.nonzero(wrong)[0].tolist()) if n is not None]
                 raise VerificationError(

@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 
 from moec.ir.aten import TORCH_DTYPES
+from moec.ir.formats.integer import dequantised_once
 from moec.ir.graph import DType, Graph, Op, Program, Value
 from moec.ir.interpret.evaluate import run_op
 from moec.ir.interpret.run_in_float32 import InFloat32, wide
@@ -102,15 +103,17 @@ def check_kernels(
         chosen = [n for n, values in enumerate(compared) if not values.isdisjoint(names)]
         part = parts.before(op) if chosen else ()
         weights = parts.weights_of(part)
-        for n in chosen:
-            checked = checked.joined(_check_part(parts, part, weights, calls[n], sizes[n]))
-            if checked.wrong:
-                return checked
+        with dequantised_once():
+            for n in chosen:
+                checked = checked.joined(_check_part(parts, part, weights, calls[n], sizes[n]))
+                if checked.wrong:
+                    return checked
     return checked
 
 
 def _some_values(call: KernelRecord, number: int) -> frozenset[str]:
-    """What each kernel writes in one of its places, which is another in each call."""
+    """What each kernel writes in one of its places, which is another in each call of the function;
+    `call` is any of them."""
     sites: dict[str, list[str]] = {}
     for value, kernel in call.kernels.items():
         sites.setdefault(kernel, []).append(value)
@@ -205,6 +208,16 @@ class ProgramParts:
                 ops.append(producer)
         return tuple(op for op in self.graph.ops if id(op) in leading)
 
+    def needed(self, call: KernelRecord, number: int) -> frozenset[str]:
+        """The inputs and results of a call that is not complete which its comparison reads; `call`
+        is another of the function, and `number` calls came before."""
+        compared = _some_values(call, number) | self.choosing
+        read: set[Value] = set()
+        for op in self.graph.ops:
+            if op.name == "moec.size" or not compared.isdisjoint(v.name for v in op.outputs):
+                read |= {v for each in self.before(op) for v in (*each.inputs, *each.outputs)}
+        return frozenset(v.name for v in read | {self.ends_of[v] for v in read & {*self.ends_of}})
+
     def weights_of(self, part: Sequence[Op]) -> dict[Value, torch.Tensor]:
         params = set(self.graph.params)
         names = dict.fromkeys(value for op in part for value in op.inputs if value in params)
@@ -214,7 +227,7 @@ class ProgramParts:
         """The named sizes of a call."""
         sizes: dict[str, int] = {}
         for value in self.source.inputs:
-            bind_shape(value.shape, tuple(call.inputs[value.name].shape), sizes)
+            bind_shape(value.shape, call.shapes[value.name], sizes)
         for op in self.graph.ops:
             if op.name == "moec.size":
                 part = self.before(op)

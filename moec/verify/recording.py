@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,10 +23,12 @@ Tensors = Mapping[str, torch.Tensor]
 class KernelRecord:
     """A call of `function`, in tensors by the names of its graph's values: its inputs, those of
     states too, what its kernels wrote, and what was put in the place of some of that. `kernels` are
-    the names of the kernels that wrote them. Of a `complete` call everything is compared."""
+    the names of the kernels that wrote them. Of a `complete` call everything is compared, of others
+    at least what is compared is copied. `shapes` are those of all inputs."""
 
     function: str
     inputs: Tensors
+    shapes: Mapping[str, tuple[int, ...]]
     complete: bool
     results: dict[str, torch.Tensor] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -41,12 +43,15 @@ class KernelRecord:
 class Recording:
     """The calls of the functions of a package for CPUs. `experts` are the numbers of experts by the
     names of values that are choices of them: while `spread`, other choices take their place, of
-    each expert equally many. `complete` is that of the calls that follow."""
+    each expert equally many. `complete` is that of the calls that follow. Of one that is not,
+    after the first of its function, the values are copied that `needs` names, by the kernels of
+    the first and the number of calls before; without `needs` all."""
 
     package: Package
     experts: Mapping[str, int]
     spread: bool = False
     complete: bool = False
+    needs: Callable[[KernelRecord, int], Collection[str]] | None = None
     calls: list[KernelRecord] = field(default_factory=list)
 
     def executor(self) -> Executor:
@@ -63,9 +68,17 @@ class Recording:
     def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         signature = self.package.functions[name]
         ports = (*signature.inputs, *signature.states, *signature.caches)
-        inputs = zip(ports, arguments, strict=False)
-        tensors = {port.name: to_caller(tensor, port, torch, True) for port, tensor in inputs}
-        self.calls.append(KernelRecord(name, tensors, self.complete))
+        before = [call for call in self.calls if call.function == name]
+        self._copied: Collection[str] | None = None
+        if self.needs and before and not self.complete:
+            self._copied = self.needs(before[0], len(before))
+        inputs = {
+            port.name: to_caller(tensor, port, torch, self._copies(port.name))
+            for port, tensor in zip(ports, arguments, strict=False)
+        }
+        shapes = {port: tuple(tensor.shape) for port, tensor in inputs.items()}
+        copies = {port: tensor for port, tensor in inputs.items() if self._copies(port)}
+        self.calls.append(KernelRecord(name, copies, shapes, self.complete))
         self._left = iter(self.package.calls[name])
         try:
             return function(*arguments)
@@ -73,16 +86,20 @@ class Recording:
             self.calls.pop()  # a refused input: nothing to compare
             raise
 
+    def _copies(self, value: str) -> bool:
+        return self._copied is None or value in self._copied
+
     def _watch(self, name: str, kernel: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         if name.startswith(SHAPES):
             return kernel(*arguments)
         site: KernelCall = next(self._left)
         result, call = kernel(*arguments), self.calls[-1]
         for index, value in site.results:
-            call.results[value] = _copy(arguments[index])
+            if self._copies(value):
+                call.results[value] = _tensor(arguments[index]).clone()
             call.kernels[value] = name
             if self.spread and value in self.experts:
-                choices = torch.utils.dlpack.from_dlpack(arguments[index])
+                choices = _tensor(arguments[index])
                 choices.copy_(spread_choices(choices.shape, self.experts[value]))
                 call.replaced[value] = choices.clone()
         return result
@@ -94,5 +111,5 @@ def spread_choices(shape: Sequence[int], experts: int) -> torch.Tensor:
     return order[torch.arange(torch.Size(shape).numel()) % experts].reshape(tuple(shape))
 
 
-def _copy(tensor: Any) -> torch.Tensor:
-    return torch.utils.dlpack.from_dlpack(tensor).clone()
+def _tensor(tensor: Any) -> torch.Tensor:
+    return torch.utils.dlpack.from_dlpack(tensor)

@@ -32,11 +32,14 @@ Results: TypeAlias = tuple[torch.Tensor, ...]
 def exact_eager(captured: Captured, noise: float = 0.0, seed: int = 0) -> Eager:
     """The source in float32: a graph by its types, a module under a dispatch mode. `noise` is that
     of `eager_in_float32`."""
-    source = captured.eager
-    if captured.is_graph:
-        run, program = in_float32(captured.program), captured.program
-        source = lambda *case: run(with_states(program, case))  # noqa: E731
-    return eager_in_float32(source, noise, seed)
+    if not captured.is_graph:
+        return eager_in_float32(captured.eager, noise, seed)
+    run, program = in_float32(captured.program), captured.program
+
+    def graph(*case: torch.Tensor) -> Results:
+        return run(with_states(program, case))
+
+    return eager_in_float32(graph, noise, seed) if noise else graph
 
 
 def _with_first(run: Callable[[], Results]) -> Results:

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moec.ir.formats.integer import TINY, Quantised, dequantise
+from moec.ir.formats.integer import TINY, Quantised, dequantise, some_rows
 from moec.ir.formats.notation import Format
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.ir.ops.experts.grouped import GroupedLinear
@@ -122,8 +122,11 @@ class _Part:
 def _agrees(format: Format, parts: Quantised, weight: Tensor) -> bool:
     """Whether codes have the values of a weight [.., N, K], which is rounded to 16 bits or not."""
     if weight.ndim == 2:
-        values = dequantise(format.kind, parts.codes, parts.scales, parts.zeros)
-        return torch.allclose(values, weight.float(), rtol=ROUNDING, atol=TINY)
+        stored = [t for t in (parts.codes, parts.scales, parts.zeros) if t is not None]
+        return all(
+            torch.allclose(dequantise(format.kind, *codes), w.float(), rtol=ROUNDING, atol=TINY)
+            for w, *codes in some_rows(weight, *stored)
+        )
     zeros = [None] * len(weight) if parts.zeros is None else parts.zeros
     experts = zip(parts.codes, parts.scales, zeros, weight, strict=True)
     return all(_agrees(format, Quantised(c, s, z), matrix) for c, s, z, matrix in experts)

@@ -120,6 +120,19 @@ def test_the_code_is_right(compiled: CompiledModel) -> None:
     assert checked.least_rows >= 20
 
 
+def test_of_most_calls_little_is_copied(
+    compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first call of a function, what its comparison reads."""
+    calls: list[recording.KernelRecord] = []
+    monkeypatch.setattr(recording.Recording, "take", lambda self: calls.extend(self.calls) or calls)
+    package, _ = compiled.ready()
+    check_code(package, compiled.module, compiled.captured, [compiled.captured.example])
+    first, *later = (call for call in calls if call.function == DECODE and not call.complete)
+    assert all(first.results.keys() > call.results.keys() for call in later)
+    assert all(first.inputs.keys() > call.inputs.keys() for call in later)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_weights_is_found(compiled: CompiledModel, fault: str) -> None:
     package = faulty(compiled, *FAULTS[fault])

@@ -13,7 +13,11 @@ then sums of integers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +34,10 @@ MOST_SUMMED = 65536
 weights minus their zeros (-255 .. 255), is below 2^31."""
 TINY = 1e-30
 """A block of activations without a greater magnitude becomes 0: its scale has no inverse."""
+MOST_HELD = 1 << 28
+"""Bytes of values that `dequantised_once` keeps."""
+_SOME = 1 << 18
+_ONCE: ContextVar[dict[Any, tuple[Tensor, Any]] | None] = ContextVar("_ONCE", default=None)
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,31 @@ def _e2m1(w: Tensor) -> Tensor:
     return torch.where(w < 0, code + 8, code).byte()
 
 
+@contextmanager
+def dequantised_once() -> Iterator[None]:
+    """While open, `dequantise` gives the same result for the same tensors again, which none of its
+    users may change."""
+    token = _ONCE.set({})
+    try:
+        yield
+    finally:
+        _ONCE.reset(token)
+
+
 def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
     """The weights f32[.., N, K] of codes, scales and zeros."""
+    once, tensors = _ONCE.get(), (codes, scales, codes if zeros is None else zeros)
+    key = (kind, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
+    if once is not None and key in once:
+        return once[key][0]
+    values = _dequantised(kind, codes, scales, zeros)
+    if once is not None:
+        if sum(each.nbytes for each, _ in once.values()) + values.nbytes <= MOST_HELD:
+            once[key] = values, tensors  # so that no others have their addresses
+    return values
+
+
+def _dequantised(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     by_block = (*scales.shape, codes.shape[-1] // scales.shape[-1])
     if kind == "mxfp4":
         table = torch.tensor([*E2M1_TWICE, *(-v for v in E2M1_TWICE)]) / 2
@@ -147,6 +178,13 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
         return values.mul_(scales.float()[..., None]).sub_(zeros.float()[..., None]).flatten(-2)
     zero = float(2 ** (BITS[kind] - 1)) if zeros is None else zeros.float()[..., None]
     return values.sub_(zero).mul_(scales.float()[..., None]).flatten(-2)
+
+
+def some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows at a time of a weight [N, K] and of its codes, scales and zeros, so that copies of
+    them in float32 stay in the processor's cache."""
+    step = max(1, _SOME // max(1, tensors[0].shape[-1]))
+    return zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
 
 
 def most_of(bits: int) -> float:

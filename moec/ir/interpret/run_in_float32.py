@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moec.ir.formats.integer import dequantised_once
 from moec.ir.graph import Graph, Module, Program, Value
 from moec.ir.interpret.evaluate import bind_inputs, run_op, run_part
 from moec.ir.replace_sizes import size_expressions
@@ -75,11 +76,12 @@ def _runner(
             else:
                 pairs = zip(op.inputs, wide_op.inputs, strict=True)
                 casts = {wider: wide(narrow[value]) for value, wider in pairs if value in narrow}
-                for values, sizes in each:
-                    values |= casts
-                    run_part(graph, range(index, index + 1), values, sizes)
-                    for value in casts:
-                        values.pop(value, None)
+                with dequantised_once():
+                    for values, sizes in each:
+                        values |= casts
+                        run_part(graph, range(index, index + 1), values, sizes)
+                        for value in casts:
+                            values.pop(value, None)
             for value in source.last_reads.get(index, ()):
                 narrow.pop(value, None)
         ends = list(zip(source.outputs, graph.outputs, strict=True))
