@@ -16,6 +16,7 @@ RIGHT = (
 REFUSED = {
     "sparse.mm reduce": "layout torch.sparse_csr: moec takes dense tensors",
     "nn.functional.linear_cross_entropy chunked": "is none of ATen's; write it in those",
+    "lu_unpack": "operator aten.lu_unpack.default has no kernel",
     "native_batch_norm": "operator aten.native_batch_norm.default has no kernel",
 }
 

@@ -128,12 +128,16 @@ _OF_PYTHON = (torch.ops.aten.lift_fresh.default,)
 
 
 def _check_sizes(func: Any, args: Any, kwargs: Any) -> None:
-    """Raises IndexError for sizes at which torch's kernel would write outside of its tensors."""
-    name = schema_of(func).name
+    """Raises IndexError for sizes at which torch's kernel would leave its tensors."""
+    name, fits = schema_of(func).name, True
     if "batch_norm" in name and "backward" not in name:
         rows = [t for t in (*args[1:], *kwargs.values()) if isinstance(t, torch.Tensor)]
-        if any(row.numel() != args[0].shape[1] for row in rows):
-            raise IndexError(f"{name} does not check its sizes")
+        fits = all(row.numel() == args[0].shape[1] for row in rows)
+    elif name == "aten::lu_unpack":
+        *batch, height, width = args[0].shape
+        fits = [*args[1].shape] == [*batch, min(height, width)]
+    if not fits:
+        raise IndexError(f"{name} does not check its sizes")
 
 
 @cache

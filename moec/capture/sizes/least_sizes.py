@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moec.capture.calls.trials import Undone
 from moec.capture.sizes.guards import Guard
 from moec.ir.graph import Program
 from moec.ir.interpret.outputs import VaryingOutput
@@ -114,7 +115,8 @@ class LeastSizes:
         """Whether graph and module agree where a size is 0. An operator of torch that fails there
         (None) has no other result; where Python's arithmetic fails, the graph has one."""
         try:
-            self.eager(*tensors)
+            with Undone():  # it refuses what torch does not check
+                self.eager(*tensors)
         except (VaryingOutput, ArithmeticError, ValueError):
             return False
         except Exception:  # whatever the module raises
