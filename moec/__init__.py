@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.extras import missing_extra
 from moec.runtime.process.backtraces import symbols_read
 from moec.runtime.process.gc_pause import gc_deferred
@@ -89,7 +89,7 @@ def __getattr__(name: str) -> Any:
             module = importlib.import_module(_WHERE[name])
     except ModuleNotFoundError as error:
         if sentence := missing_extra(error):
-            raise UsageError(sentence) from error
+            raise SetupError(sentence) from error
         raise
     return getattr(module, name)
 

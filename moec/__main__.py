@@ -1,8 +1,6 @@
 """The command line: `moec COMMAND`. The module of a command is imported when the command runs.
 
-Exit codes: 0 success, 1 an error that the user can correct, 2 numbers differ by more than allowed
-(verification failed, or a budget was exceeded under --strict), 70 a defect of moec, 130
-interrupted. MOEC_DEBUG=1 shows the traceback of any error.
+Exit codes are those of moec.errors.Exit. MOEC_DEBUG=1 shows the traceback of any error.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import Any, TextIO
 
 import click
 
-from moec.errors import MoecError, UsageError
+from moec.errors import Exit, MoecError, UsageError
 from moec.extras import missing_extra
 from moec.files.os_errors import reason
 from moec.files.printable import printable
@@ -65,17 +63,11 @@ COMMANDS = {
     "cache": ("moec.commands.cache", "Show or clear the cache of compiled code."),
     "list": ("moec.commands.list", "List passes, targets or models."),
 }
-_USERS_OWN = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EMFILE,
-    errno.EIO,
-    errno.ENAMETOOLONG,
-)
+_USERS_OWN = {
+    getattr(errno, name)
+    for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EMFILE EIO ENAMETOOLONG".split()
+    if hasattr(errno, name)  # not every system has all
+}
 
 
 class LazyGroup(click.Group):
@@ -126,7 +118,7 @@ class LazyGroup(click.Group):
             if message:
                 click.echo(printable(_shortened(message)), err=True)
         except KeyboardInterrupt:
-            code = 130
+            code = Exit.INTERRUPTED
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -136,26 +128,27 @@ def verdict(error: Exception) -> tuple[int, str]:
         case MoecError():
             return error.exit_code, f"error: {error}"
         case click.exceptions.NoArgsIsHelpError():
-            return 1, error.format_message()
+            return Exit.USAGE, error.format_message()
         case click.UsageError():
             hint = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-            return 1, f"error: {error.format_message().rstrip('.')}{hint}"
+            return Exit.USAGE, f"error: {error.format_message().rstrip('.')}{hint}"
         case click.ClickException():
-            return 1, f"error: {error.format_message()}"
+            return Exit.SETUP, f"error: {error.format_message()}"
         case click.Abort():
-            return 130, "interrupted"
+            return Exit.INTERRUPTED, "interrupted"
         case ModuleNotFoundError() if extra := missing_extra(error):
-            return 1, f"error: {extra}"
+            return Exit.SETUP, f"error: {extra}"
         case MemoryError() | OSError() | RuntimeError() if _lacks_memory(error):
-            return 1, "error: this machine has too little free memory for the model"
+            return Exit.SETUP, "error: this machine has too little free memory for the model"
         case Exception() if os.strerror(errno.EMFILE) in str(error):
             name = getattr(error, "filename", None) or "this process"
-            return 1, f"error: {name}: {reason(OSError(errno.EMFILE, ''))}"
+            return Exit.SETUP, f"error: {name}: {reason(OSError(errno.EMFILE, ''))}"
         case OSError() if error.errno in _USERS_OWN or _is_users(error.filename):
-            return 1, f"error: {error.filename or 'output'}: {reason(error)}"
+            return Exit.SETUP, f"error: {error.filename or 'output'}: {reason(error)}"
     name = type(error).__name__
     line = " ".join(str(error).split())
-    return 70, (f"{name}: {line}\nthis is a bug in moec; set MOEC_DEBUG=1 to see the traceback")
+    remedy = "this is a bug in moec; set MOEC_DEBUG=1 to see the traceback"
+    return Exit.DEFECT, f"{name}: {line}\n{remedy}"
 
 
 def _lacks_memory(error: Exception) -> bool:

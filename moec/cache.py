@@ -36,7 +36,7 @@ from pathlib import Path
 
 import platformdirs
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 
 OBJECTS, LIBRARIES, RUNS = "objects", "libraries", "runs"
@@ -147,12 +147,12 @@ def _make(folder: Path) -> None:
     """Create the folder. Raises OSError where that fails, UsageError where others may write it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _private(folder.stat()) or (open_to := others_may_change(folder)) == folder:
-        raise UsageError(
+        raise SetupError(
             "other users can write to it, and its files are run as native code: make it yours "
             "with chmod 700, or set MOEC_CACHE to another folder"
         )
     if open_to is not None:
-        raise UsageError(
+        raise SetupError(
             f"other users can write to {open_to} and replace it, and its files are run as native "
             "code: set MOEC_CACHE to another folder"
         )

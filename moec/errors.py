@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a command ends: the table of docs/install.md."""
+
+    RIGHT = 0
+    SETUP = 1
+    USAGE = 2
+    PROMPTS = 3
+    DIFFERS = 4
+    DEFECT = 70
+    INTERRUPTED = 130
+
 
 class MoecError(Exception):
     """An error that a user can correct. The command line prints it without a traceback."""
 
-    exit_code = 1
+    exit_code = Exit.SETUP
 
 
 class CaptureError(MoecError):
@@ -20,7 +34,7 @@ class UnsupportedError(MoecError):
 class VerificationError(MoecError):
     """A compiled result differs from eager by more than the tolerance."""
 
-    exit_code = 2
+    exit_code = Exit.DIFFERS
 
 
 class TargetError(MoecError):
@@ -36,7 +50,15 @@ class InputError(MoecError):
 
 
 class UsageError(MoecError):
-    """An option or argument has a wrong form or value."""
+    """An option or argument has a wrong form or value, or contradicts another."""
+
+    exit_code = Exit.USAGE
+
+
+class SetupError(UsageError):
+    """What an option or argument names cannot be used as it is: a model, a file, this machine."""
+
+    exit_code = Exit.SETUP
 
 
 class IRError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files import hub_files
 from moec.files.adapter import base_of
 from moec.files.checkpoint import check_checkpoint
@@ -55,7 +55,7 @@ def kind_of_model(text: str) -> Kind:
     file, colon, _ = text.rpartition(":")
     if colon and file.endswith(".py"):
         if not Path(file).is_file():
-            raise UsageError(f"{file} does not exist{did_you_mean_file(Path(file))}")
+            raise SetupError(f"{file} does not exist{did_you_mean_file(Path(file))}")
         return "factory"
     try:
         exists, folder = path.exists(), path.is_dir()
@@ -66,10 +66,10 @@ def kind_of_model(text: str) -> Kind:
             base = base_of(path) or "MODEL"
             raise UsageError(f"{path} is an adapter: give the model, {base} --adapter {path}")
         if not (path / "config.json").is_file():
-            raise UsageError(f"{path} is not a checkpoint: it has no config.json")
+            raise SetupError(f"{path} is not a checkpoint: it has no config.json")
         for other in sorted(path.iterdir()):
             if other.exists() and not (other.is_file() or other.is_dir()):
-                raise UsageError(f"{other} is not a regular file: reading it might never end")
+                raise SetupError(f"{other} is not a regular file: reading it might never end")
         check_checkpoint(path)
         return "checkpoint"
     if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
@@ -84,5 +84,5 @@ def kind_of_model(text: str) -> Kind:
     if not exists:
         if is_of_hub(text):
             return "hub"
-        raise UsageError(f"{text} does not exist{did_you_mean_file(path) or f': {_FORMS}'}")
-    raise UsageError(f"{text} is not a model that moec can read: {_FORMS}")
+        raise SetupError(f"{text} does not exist{did_you_mean_file(path) or f': {_FORMS}'}")
+    raise SetupError(f"{text} is not a model that moec can read: {_FORMS}")

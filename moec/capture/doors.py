@@ -28,7 +28,7 @@ from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.language_models import checkpoint_source, gguf_source
 from moec.capture.source import Source, described_error, example_of, module_source, traceable
-from moec.errors import CaptureError, UsageError
+from moec.errors import CaptureError, SetupError, UsageError
 from moec.files.adapter import read_adapter
 from moec.model_path import kind_of_model
 from moec.runtime.process.byte_sizes import MOST_MEMORY
@@ -270,7 +270,7 @@ def open_source(
         case "onnx":
             return _onnx(Path(text), args, kwargs)
         case _:
-            raise UsageError(f"{text} does not exist: here, give a path and no id of the hub")
+            raise SetupError(f"{text} does not exist: here, give a path and no id of the hub")
 
 
 def _export(path: Path) -> Source:
@@ -288,7 +288,7 @@ def _onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     """The source of an ONNX file. Its inputs are given by name; named sizes vary."""
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{path}: reading ONNX needs {package}: pip install 'moec[onnx]'")
+            raise SetupError(f"{path}: reading ONNX needs {package}: pip install 'moec[onnx]'")
     from moec.sources.onnx import open_onnx
 
     model = open_onnx(path)
@@ -309,7 +309,7 @@ def _factory(path: Path, name: str) -> Source:
         raise CaptureError(f"{path} fails as it is loaded: {described_error(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        raise UsageError(f"{path} has no function {name}")
+        raise SetupError(f"{path} has no function {name}")
     try:
         returned = factory()
     except Exception as error:
@@ -320,7 +320,7 @@ def _factory(path: Path, name: str) -> Source:
         and isinstance(returned[0], torch.nn.Module)
         and isinstance(returned[1], tuple | dict)
     ):
-        raise UsageError(
+        raise SetupError(
             f"{path}:{name}() must return (module, arguments) or (module, arguments, "
             "dynamic_shapes), with the arguments in a tuple or a dict"
         )

@@ -15,7 +15,7 @@ import torch
 from moec.capture.auto_class import auto_class
 from moec.capture.hub import hub_off, own_config
 from moec.capture.source import Source, described_error, module_source
-from moec.errors import CaptureError, MoecError, UsageError
+from moec.errors import CaptureError, MoecError, SetupError
 from moec.files import hub_files
 from moec.files.adapter import AdapterConfig
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
@@ -47,7 +47,7 @@ def checkpoint_source(
     # its files were checked when the kind of the path was determined
     config = json.loads(read_regular(folder / CONFIG))
     if importlib.util.find_spec("transformers") is None:
-        raise UsageError(
+        raise SetupError(
             f"{folder}: reading a checkpoint needs transformers: pip install 'moec[hf]'"
         )
     check_config(folder / CONFIG, config)
@@ -90,7 +90,7 @@ def gguf_source(
     """The source of a GGUF file, with its tokenizer and chat template."""
     for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{path}: reading GGUF needs {package}: pip install 'moec[{extra}]'")
+            raise SetupError(f"{path}: reading GGUF needs {package}: pip install 'moec[{extra}]'")
     import transformers
 
     header = read_header(path)

@@ -19,6 +19,7 @@ from moec.commands.options.options import (
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
+from moec.errors import Exit
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -81,4 +82,4 @@ def command(
         click.echo(json.dumps(asdict(bisection), indent=1))
     else:
         echo(str(bisection))
-    click.get_current_context().exit(2 if bisection.culprit else 0)
+    click.get_current_context().exit(Exit.DIFFERS if bisection.culprit else Exit.RIGHT)

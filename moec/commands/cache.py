@@ -10,7 +10,7 @@ import click
 
 from moec.commands.options.options import json_option
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     from moec.cache import Entry
@@ -40,7 +40,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         )
         return
     if folder.exists() and not folder.is_dir():
-        raise UsageError(
+        raise SetupError(
             f"MOEC_CACHE is {folder}, which is not a folder: set it to a folder, or to off"
         )
     limit = cache.limit()

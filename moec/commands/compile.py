@@ -29,7 +29,7 @@ from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.commands.output.report import print_json, print_report
-from moec.errors import UnsupportedError, UsageError
+from moec.errors import SetupError, UnsupportedError
 from moec.files.os_errors import reason
 from moec.options import CAPTURES, CHANGES, COMPILES, compile_options
 from moec.runtime.artifact.container import replaceable
@@ -90,7 +90,7 @@ def command(**values: Any) -> None:
     dynamic_shapes).
 
     The result is compared with eager PyTorch on random inputs. If they differ, nothing is written
-    and the exit code is 2.
+    and the exit code is 4.
 
     --quant changes the model: it rounds the weights of experts to int8, int6, int5, int4, int3 or
     int2, with one scale per row or, as in int4:64, per block of 64 weights. :asymmetric adds a zero
@@ -323,7 +323,7 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
             except OSError:
                 return False
     except OSError as error:
-        raise UsageError(f"{output} cannot be written: {reason(error)}") from error
+        raise SetupError(f"{output} cannot be written: {reason(error)}") from error
     return True
 
 

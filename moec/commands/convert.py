@@ -13,7 +13,7 @@ from moec.commands.options.options import force_option, json_option, quiet_optio
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.checkpoint import CONFIG
 from moec.files.whole_folder import check_new_folder
 from moec.report.units import counted, size
@@ -54,7 +54,7 @@ def command(
     check_new_folder(output, CONFIG, force=force)
     model = local_model(model, revision, quiet or as_json)
     if model_path.kind_of_model(model) != "checkpoint":
-        raise UsageError(f"{model} is no folder with a checkpoint, which convert reads")
+        raise SetupError(f"{model} is no folder with a checkpoint, which convert reads")
     if output.exists() and output.samefile(model):
         raise UsageError(f"{output} is the checkpoint itself: write to another folder")
 

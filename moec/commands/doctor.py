@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from moec.commands.options.options import json_option
+from moec.errors import Exit
 
 
 @click.command("doctor", short_help="Check this machine and say how to fix what is wrong.")
@@ -29,7 +30,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
             if check.mend:
                 click.echo(f"  {'':{width}}  -> {check.mend}")
         click.echo(_verdict([check.name for check in bad]))
-    ctx.exit(1 if bad else 0)
+    ctx.exit(Exit.SETUP if bad else Exit.RIGHT)
 
 
 _MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "bad": ("✗", "red")}

@@ -25,7 +25,7 @@ from moec.commands.options.options import (
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.model_path import kind_of_model
 from moec.report.units import size
 
@@ -103,7 +103,7 @@ def command(
     torch.export, an .onnx file, or FILE.py:FACTORY, as for `moec compile`.
 
     The file is run in ONNX Runtime and compared with eager PyTorch on random inputs. If they
-    differ, nothing is written and the exit code is 2.
+    differ, nothing is written and the exit code is 4.
 
     --quant and approximate passes (--passes, --calib, --budget) change the model as in `moec
     compile`. With --quant the file is compared with the quantised weights in float32, and the
@@ -147,7 +147,7 @@ def _export_gguf(model: str, path: Path) -> None:
     quiet = options["quiet"] or options["as_json"]
     model = local_model(model, options["revision"], quiet)
     if kind_of_model(model) != "checkpoint":
-        raise UsageError(f"{model} is no folder with a checkpoint, which a GGUF file is written of")
+        raise SetupError(f"{model} is no folder with a checkpoint, which a GGUF file is written of")
     hush()
     from moec.export.gguf import export_gguf
 

@@ -191,7 +191,6 @@ def gpu_here(target: CudaTarget) -> str:
 
 
 def models() -> list[dict[str, Any]]:
-
     return [
         *({"model": f.model_type, "class": f.architecture, "what": f.what} for f in FAMILIES),
         *({"model": "any module", "class": form, "what": says} for form, says in FORMS.items()),

@@ -15,7 +15,7 @@ from moec.commands.execution.plan_memory import plan_memory
 from moec.commands.options.files import check_output
 from moec.commands.options.options import OneOf, check_only, force_option, json_option
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.printable import printable_json
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.search.planner import Planner
@@ -297,7 +297,7 @@ def planner_of(
     sparse = [count for count in experts if count]
     recorded = [len(count) for count in routing_of.counts]
     if len(recorded) != len(sparse) or any(a > b for a, b in zip(recorded, sparse, strict=True)):
-        raise UsageError(
+        raise SetupError(
             f"{trace} is of another model: it has {_layers(recorded)}, {model.name} has "
             f"{_layers(sparse)}"
         )

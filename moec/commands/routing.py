@@ -11,7 +11,7 @@ import click
 from moec.commands.options.files import check_output
 from moec.commands.options.options import force_option, json_option
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     from moec.plan.inputs.importers import ImportedRouting
@@ -65,7 +65,7 @@ def command(
     routing = read_routing(source)
     if output:
         if routing.trace is None:
-            raise UsageError(f"{source} has counts only; a trace needs the experts of each token")
+            raise SetupError(f"{source} has counts only; a trace needs the experts of each token")
         save_trace(routing.trace, output)
     if cache:
         _show_cache(source, routing, as_json=as_json)
@@ -107,7 +107,7 @@ def _show_cache(source: Path, routing: ImportedRouting, *, as_json: bool) -> Non
     from moec.runtime.expert_store.native import POLICIES
 
     if routing.trace is None:
-        raise UsageError(f"{source} has counts only; --cache needs the experts of each token")
+        raise SetupError(f"{source} has counts only; --cache needs the experts of each token")
     rates = hit_rates(routing.trace)
     best = max(
         (e for e in rates if e.policy in POLICIES), key=lambda eviction: sum(rates[eviction])

@@ -14,7 +14,6 @@ import click
 
 from moec.commands.compilation.cached_model import artifact_of
 from moec.commands.execution.memory import limit_of, start_limited, store_answer
-from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
 from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
 from moec.commands.options.files import check_writable
@@ -26,7 +25,7 @@ from moec.commands.options.options import (
 )
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.errors import UsageError, VerificationError
+from moec.errors import Exit, SetupError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @text_options
 @click.option(
-    "--check", is_flag=True, help="Compare with the stored samples; exit 2 if they differ."
+    "--check", is_flag=True, help="Compare with the stored samples; exit 4 if they differ."
 )
 @click.option(
     "--record-routing", "trace", type=click.Path(path_type=Path), metavar="FILE.npz",
@@ -105,7 +104,7 @@ def command(
     cache, if it is not there, and verified.
 
     Outputs are summarised on stdout, or written with --output. The continuation of a prompt is
-    printed as it is computed. Exit code 2 means that --check found a difference.
+    printed as it is computed. Exit code 4 means that --check found a difference.
     """
     options = TextOptions(**text)
     if nproc is None and not holds_ranks(artifact):
@@ -163,7 +162,7 @@ def command(
     if as_json:
         click.echo(json.dumps(answer, indent=1))
     if any("error" in row for row in answer.get("texts", ())):
-        click.get_current_context().exit(SOME_FAILED)
+        click.get_current_context().exit(Exit.PROMPTS)
 
 
 def _check_ranks(artifact: Path, rebuild: bool, *, alone: bool) -> None:
@@ -198,7 +197,7 @@ def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
     from moec.runtime.arrays.compare import difference
 
     if not opened.samples:
-        raise UsageError(f"{opened.path} has no samples to check against; use --input")
+        raise SetupError(f"{opened.path} has no samples to check against; use --input")
     tolerance, worst = opened.manifest.tolerance, (0.0, "", 0)
     for index, sample in enumerate(opened.samples):
         executor.reset()

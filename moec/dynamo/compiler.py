@@ -37,7 +37,7 @@ from moec.dynamo.training.trained_weights import (
     needs_gradient,
     trainable_inputs,
 )
-from moec.errors import IRError, MoecError, NoMatch, TargetError, UsageError
+from moec.errors import IRError, MoecError, NoMatch, SetupError, TargetError
 from moec.passes.core.runner import run
 from moec.passes.recognise import RecogniseExperts
 from moec.pipeline import CANONICALISE, RECOGNISE
@@ -258,7 +258,7 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise UsageError(
+        raise SetupError(
             "Inductor compiles what is no MoE block, and finds no C++ compiler: install g++ or "
             'clang++, or run the rest as it is with options={"rest": "eager"}'
         ) from error

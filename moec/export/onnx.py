@@ -18,7 +18,7 @@ import torch
 from moec.codegen.onnx import file
 from moec.codegen.onnx.lower import MOE_FORMS, OnnxGraph, block_of, lower
 from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
-from moec.errors import TargetError, UsageError, VerificationError
+from moec.errors import SetupError, TargetError, UsageError, VerificationError
 from moec.export import kv_cache
 from moec.export.checkpoint import Transformed
 from moec.ir.formats.notation import WIDE_ROWS, parse_parts
@@ -177,9 +177,9 @@ def _path(path: Path | str) -> Path:
     if path.suffix != ".onnx":
         raise UsageError(f"{path}: give the file a name that ends in .onnx")
     if path.is_dir():
-        raise UsageError(f"{path} is a folder")
+        raise SetupError(f"{path} is a folder")
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+        raise SetupError(f"{path}: the folder {path.parent} does not exist")
     return path
 
 

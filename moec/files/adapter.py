@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from moec.errors import CaptureError, UsageError
+from moec.errors import CaptureError, SetupError
 from moec.files.checkpoint import json_object
 from moec.files.config_fields import ADAPTER_CONFIG
 from moec.spelling import did_you_mean_file
@@ -75,13 +75,13 @@ def read_adapter(folder: Path) -> AdapterConfig:
     """
     path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
-        raise UsageError(f"the adapter {folder} is no folder{did_you_mean_file(folder)}")
+        raise SetupError(f"the adapter {folder} is no folder{did_you_mean_file(folder)}")
     if not path.is_file():
-        raise UsageError(f"{folder} is no adapter of PEFT: it has no {ADAPTER_CONFIG}")
+        raise SetupError(f"{folder} is no adapter of PEFT: it has no {ADAPTER_CONFIG}")
     if not (folder / WEIGHTS).is_file():
         pickled = " but adapter_model.bin, which is pickled: save it again with PEFT"
         other = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise UsageError(f"{folder} has no {WEIGHTS}{other}")
+        raise SetupError(f"{folder} has no {WEIGHTS}{other}")
     config = json_object(path)
     _check_honoured(path, config)
     try:
@@ -103,16 +103,16 @@ def base_of(folder: Path) -> str:
 def _check_honoured(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UsageError(f"{path}: peft_type is {kind!r}, and moec merges LORA only")
+        raise SetupError(f"{path}: peft_type is {kind!r}, and moec merges LORA only")
     for name, value in config.items():
         if name not in _ABOUT_TRAINING | _HONOURED and value not in (None, False, [], {}, ""):
-            raise UsageError(
+            raise SetupError(
                 f"{path}: {name} is {json.dumps(value)[:80]}, which moec does not honour: merge "
                 "the adapter with PEFT (merge_and_unload) and save that model"
             )
     start = config.get("init_lora_weights", True)
     if start not in _KEEP_THE_BASE:
-        raise UsageError(
+        raise SetupError(
             f"{path}: init_lora_weights is {start!r}, with which training changed the base model "
             "too: save the adapter with PEFT's path_initial_model_for_weight_conversion"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.errors import CaptureError, UsageError
+from moec.errors import CaptureError, SetupError
 from moec.files.regular_file import check_link
 
 _CODE = frozenset({"auto_map", "custom_pipelines", "fusion_config", "kernel_config"})
@@ -33,12 +33,12 @@ def check_fields(path: Path, config: Mapping[str, Any]) -> None:
     for name, value in fields(config):
         field = name.rpartition(".")[2]
         if field in _CODE and value:
-            raise UsageError(
+            raise SetupError(
                 f"{path.parent} brings its own code ({field}), which moec does not run; load the "
                 "model yourself and give it to moec.compile, or write file.py:factory"
             )
         if field in _FILES and value:
-            raise UsageError(
+            raise SetupError(
                 f"{path}: {field} names other files, which moec does not read: keep the "
                 "configuration in config.json and the weights in model.safetensors, and remove "
                 "the field"
@@ -46,7 +46,7 @@ def check_fields(path: Path, config: Mapping[str, Any]) -> None:
         chosen = _IMPLEMENTATION.fullmatch(field) is not None
         for dotted, text in _texts(name, value):
             if (chosen and not _OF_TRANSFORMERS.fullmatch(text)) or _REMOTE.fullmatch(text):
-                raise UsageError(
+                raise SetupError(
                     f"{path}: {dotted} is {text!r}, code of the hub, which moec does "
                     "not run: remove the field"
                 )
@@ -104,7 +104,7 @@ def check_folder(folder: Path, names: tuple[str, ...]) -> None:
     """Raises UsageError for an adapter, which transformers would apply or ignore, and where one of
     the files `names`, which are read, is a link to nothing or out of the folder."""
     if (folder / ADAPTER_CONFIG).exists():
-        raise UsageError(
+        raise SetupError(
             f"{folder} has an adapter ({ADAPTER_CONFIG}) and a model: move the adapter's two files "
             "into another folder, and give that with --adapter to merge it"
         )

@@ -8,25 +8,25 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from moec.errors import MoecError, UsageError
+from moec.errors import MoecError, SetupError
 from moec.files.os_errors import reason
 from moec.spelling import did_you_mean_file
 
 
-class HubDown(UsageError):
+class HubDown(SetupError):
     """The hub cannot be reached, or does not answer as one."""
 
 
 @contextmanager
 def explained(text: str, revision: str | None, downloads: bool = False) -> Iterator[None]:
-    """Raises UsageError for all that huggingface_hub raises about the id `text`; `downloads` where
+    """Raises SetupError for all that huggingface_hub raises about the id `text`; `downloads` where
     files were on their way."""
     try:
         yield
     except MoecError:
         raise
     except Exception as error:
-        kind = HubDown if _is_down(error) else UsageError
+        kind = HubDown if _is_down(error) else SetupError
         raise kind(_explanation(text, revision, downloads, error)) from error
 
 

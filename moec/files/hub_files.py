@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import ADAPTER_CONFIG
 from moec.files.hub_errors import HubDown, explained
@@ -126,7 +126,7 @@ def find(text: str, revision: str | None = None) -> HubFiles:
     repository, gguf = match[1], match[2] or ""
     for package in ("huggingface_hub", "transformers"):
         if find_spec(package) is None:
-            raise UsageError(
+            raise SetupError(
                 f"{text} does not exist{did_you_mean_file(Path(text))}: to download a model "
                 f"of this name, install {package}: pip install 'moec[hf]'"
             )
@@ -162,7 +162,7 @@ def _of_hub(text: str, repository: str, gguf: str, revision: str | None) -> HubF
 
 def _index(files: HubFiles) -> bytes:
     if files.missing[INDEX] > _LONGEST_LIST:
-        raise UsageError(f"{INDEX} of {files.repository} is too large: give another revision")
+        raise SetupError(f"{INDEX} of {files.repository} is too large: give another revision")
     if not _path(files, INDEX).is_file():
         _download(files, INDEX, _hub("tqdm"))
     return _path(files, INDEX).read_bytes()
@@ -179,7 +179,7 @@ def _commit(repository: str, revision: str | None) -> _HubCommit:
     try:
         return msgspec.json.decode(answer.getvalue(), type=_HubCommit)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise UsageError(
+        raise SetupError(
             f"{url} is no list of files of a model ({error}): choose another server (HF_ENDPOINT)"
         ) from None
 
@@ -224,7 +224,7 @@ def _download(files: HubFiles, name: str, bar: type) -> None:
                 fetch(url, file, size, b)
                 file.flush()
             if (sent := Path(file.name).stat().st_size) != size:
-                raise UsageError(f"{url} sent {sent:,} of the {size:,} bytes announced")
+                raise SetupError(f"{url} sent {sent:,} of the {size:,} bytes announced")
     path.unlink(missing_ok=True)  # a link to nothing
     try:
         path.symlink_to(os.path.relpath(blob, path.parent))
@@ -264,7 +264,7 @@ def _folder(repository: str, *names: str) -> Path:
     from huggingface_hub import constants
 
     if not all(_NAME.fullmatch(name) for name in names):
-        raise UsageError(f"{'/'.join(names)!r:.200} of {repository} is no name of a file")
+        raise SetupError(f"{'/'.join(names)!r:.200} of {repository} is no name of a file")
     return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", *names)
 
 
@@ -273,7 +273,7 @@ def _of_cache(text: str, repository: str, gguf: str, revision: str) -> HubFiles:
     path = _cached(repository, first, revision)
     if path is None:
         near = did_you_mean_file(Path(text))
-        raise UsageError(
+        raise SetupError(
             f"{text} does not exist here{near}, and the hub's cache does not hold it at {revision}:"
             " HF_HUB_OFFLINE is set, and only without it the model is downloaded"
         )
@@ -288,7 +288,7 @@ def _of_cache(text: str, repository: str, gguf: str, revision: str) -> HubFiles:
 def _check_present(names: Collection[str], present: Collection[str], words: str) -> None:
     for name in names:
         if name not in present:
-            raise UsageError(f"the file {name} is needed, and {words}")
+            raise SetupError(f"the file {name} is needed, and {words}")
 
 
 def _needed(
@@ -297,13 +297,13 @@ def _needed(
     """The names of the files to read, the first of which is the model's or its configuration."""
     if gguf:
         if gguf not in present:
-            raise UsageError(f"{repository} has no file {gguf}{did_you_mean(gguf, present)}")
+            raise SetupError(f"{repository} has no file {gguf}{did_you_mean(gguf, present)}")
         match = _SPLIT.fullmatch(gguf)
         last = int(match[3]) if match else 1
         return (gguf, *(f"{match[1]}{i:05}{match[2]}" for i in range(2, last + 1) if match))
     weights = _weights(repository, present, index)
     if CONFIG not in present or not weights:
-        raise UsageError(_without_weights(text, present))
+        raise SetupError(_without_weights(text, present))
     more = (name for name in (GENERATION_CONFIG, *TOKENIZER_FILES) if name in present)
     return tuple(dict.fromkeys((CONFIG, *more, *weights)))
 
@@ -318,7 +318,7 @@ def _weights(
         try:
             names = sorted(set(json.loads(index())["weight_map"].values()))
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UsageError(f"{INDEX} of {repository} is damaged: give another revision") from None
+            raise SetupError(f"{INDEX} of {repository} is damaged: give another revision") from None
         return (INDEX, *(str(name) for name in names))
     others = [n for n in present if n.endswith(".safetensors") and "/" not in n]
     return tuple(others) if len(others) == 1 else ()
@@ -362,7 +362,7 @@ def _check_room(files: HubFiles) -> None:
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < files.size + _MARGIN:
-        raise UsageError(
+        raise SetupError(
             f"{files.repository} needs {files.size / 1e9:.1f} GB more in {cache}, and "
             f"{free / 1e9:.1f} GB are free: free some, or set HF_HOME to a folder on another disk"
         )

@@ -12,7 +12,7 @@ from contextlib import closing
 from importlib import import_module
 from typing import IO, Any
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 _SLOWEST = 1000  # bytes a second, on the average of an answer that takes longer than _PATIENCE
 _PATIENCE = 60.0  # seconds
@@ -75,8 +75,8 @@ def _answer(url: str, start: int, most: int) -> Any:
         response.close()
         request = response.next_request
         if request is None or (url.startswith("https:") and request.url.scheme != "https"):
-            raise UsageError(f"{url} leads to an address that is not https")
-    raise UsageError(f"{url} leads on and on, more than {_REDIRECTS} times")
+            raise SetupError(f"{url} leads to an address that is not https")
+    raise SetupError(f"{url} leads on and on, more than {_REDIRECTS} times")
 
 
 def _limit(response: Any, url: str, most: int) -> None:
@@ -85,7 +85,7 @@ def _limit(response: Any, url: str, most: int) -> None:
     Raises UsageError where it is compressed, which could be of any size.
     """
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise UsageError(f"{url} answers with compressed bytes, which were not asked for")
+        raise SetupError(f"{url} answers with compressed bytes, which were not asked for")
     read, start = response.iter_raw, time.monotonic()
 
     def iter_raw(chunk_size: int | None = None) -> Iterator[bytes]:
@@ -93,9 +93,9 @@ def _limit(response: Any, url: str, most: int) -> None:
         for chunk in read(chunk_size):
             size, seconds = size + len(chunk), time.monotonic() - start
             if size > most:
-                raise UsageError(f"{url} sends more than the {most:,} bytes that were announced")
+                raise SetupError(f"{url} sends more than the {most:,} bytes that were announced")
             if seconds > _PATIENCE and size < seconds * _SLOWEST:
-                raise UsageError(f"{url} sent {size:,} bytes in {seconds:.0f} s, which never ends")
+                raise SetupError(f"{url} sent {size:,} bytes in {seconds:.0f} s, which never ends")
             yield chunk
 
     response.iter_raw = iter_raw

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 
 _LONGEST = 1 << 30  # bytes; the longest tokenizers have some 10 MB
 _PIECE = 1 << 20  # bytes read at once: a read of n bytes takes n of memory first
@@ -47,13 +47,13 @@ def check_link(path: Path) -> None:
     """Raises UsageError where the file of a model is a link to nothing, or out of its folder, but
     for those of Hugging Face's cache."""
     if path.is_symlink() and not path.exists():
-        raise UsageError(f"{path} is a link to nothing, or to itself: copy the file there")
+        raise SetupError(f"{path} is a link to nothing, or to itself: copy the file there")
     folder = Path(os.path.realpath(path.parent))
     # blobs of a snapshot, MODEL/snapshots/REVISION, and those that all models of the cache share
     inside = (folder, *(parent / "blobs" for parent in folder.parents[1:3]))
     real = Path(os.path.realpath(path))
     if path.is_symlink() and not any(real.is_relative_to(f) for f in inside):
-        raise UsageError(f"{path} leads out of its folder, to {real}: copy the file there")
+        raise SetupError(f"{path} leads out of its folder, to {real}: copy the file there")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 
 @contextmanager
@@ -45,22 +45,22 @@ def check_new_folder(path: Path, marker: str, *, force: bool) -> None:
     if not path.name or "\0" in str(path):
         raise UsageError(f"{path} is not a valid name of a folder")
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist: create it first")
+        raise SetupError(f"{path}: the folder {path.parent} does not exist: create it first")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path} cannot be written: permission denied in {path.parent}")
+        raise SetupError(f"{path} cannot be written: permission denied in {path.parent}")
     if not path.exists():
         return
     if not force:
-        raise UsageError(f"{path} exists; --force replaces it")
+        raise SetupError(f"{path} exists; --force replaces it")
     if path.is_symlink() or not (path / marker).is_file():
-        raise UsageError(f"{path} is no folder with a {marker}, so --force does not replace it")
+        raise SetupError(f"{path} is no folder with a {marker}, so --force does not replace it")
 
 
 def check_room(path: Path, size: int) -> None:
     """Raises UsageError where the disk of `path` lacks room for `size` bytes."""
     free = shutil.disk_usage(path.parent).free
     if free < size:
-        raise UsageError(
+        raise SetupError(
             f"{path} needs {size / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free in {path.parent}: "
             "free some space, or choose a folder on another disk"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Never
 import torch
 
 from moec.arguments import tolerance
-from moec.errors import UsageError, VerificationError
+from moec.errors import SetupError, UsageError, VerificationError
 from moec.ir.graph import Graph, Module
 from moec.ir.text import print_graph
 from moec.model.compilation import Compilation
@@ -274,7 +274,7 @@ class CompiledModel(TextModel, Compilation):
                 "compile it for another target"
             )
         if self.executor is None:
-            raise UsageError(
+            raise SetupError(
                 f"this machine lacks {', '.join(missing_features(self.target))} and cannot run "
                 f"code for {self.target.name}: save the model, and load it on a machine that has "
                 "them"

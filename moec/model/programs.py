@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moec.codegen.lower import supported
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch, SetupError
 from moec.ir.graph import Stage
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined, Pass, run
@@ -72,7 +72,7 @@ def with_hidden_states(compiled: CompiledModel) -> CompiledModel:
     try:
         hidden = without_head(compiled.module.main)
     except NoMatch as why:
-        raise UsageError(f"{compiled.source.name} gives no embeddings: {why}") from None
+        raise SetupError(f"{compiled.source.name} gives no embeddings: {why}") from None
     return replace(compiled, programs={**compiled.programs, HIDDEN: hidden})
 
 
@@ -88,7 +88,7 @@ def with_recording(compiled: CompiledModel) -> CompiledModel:
             counts = [value.shape[0] * value.shape[1] for value in (tokens, rows)]
             programs[RECORDED_DECODE] = with_choices(programs[DECODE], counts)
     except NoMatch as why:
-        raise UsageError(
+        raise SetupError(
             f"the routing of {compiled.source.name} cannot be recorded: {why}"
         ) from None
     layers = tuple(

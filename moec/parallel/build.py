@@ -20,7 +20,7 @@ from moec.api import compile
 from moec.arguments import check_tf32, tolerance
 from moec.capture.language_models import stop_tokens
 from moec.codegen.backends import backend_for
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch, SetupError, UsageError
 from moec.ir.graph import Module
 from moec.ir.text import print_graph
 from moec.options import compile_options
@@ -102,9 +102,9 @@ def save_ranks(
 def check_replaceable(path: Path, replace: bool) -> None:
     """Raises UsageError where something is at `path` that must not be replaced."""
     if path.exists() and not replace:
-        raise UsageError(f"{path} exists; --force (overwrite=True in Python) replaces it")
+        raise SetupError(f"{path} exists; --force (overwrite=True in Python) replaces it")
     if path.exists() and not (path / MANIFEST).is_file():
-        raise UsageError(
+        raise SetupError(
             f"{path} is not a folder of ranks, and only such folders are replaced: choose another "
             "name"
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.parallel.process import Job, joined
 from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
@@ -48,13 +48,13 @@ def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tenso
         with np.load(source, allow_pickle=False) as file:
             arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: {error}") from None
+        raise SetupError(f"{source}: {error}") from None
     missing = [name for name in names if name not in arrays]
     if missing:
-        raise UsageError(f"{source} lacks {', '.join(missing)}; the model takes {', '.join(names)}")
+        raise SetupError(f"{source} lacks {', '.join(missing)}; the model takes {', '.join(names)}")
     lengths = {arrays[name].shape[:1] for name in names}
     if len(lengths) != 1 or lengths == {()}:
-        raise UsageError(
+        raise SetupError(
             f"{source}: inputs have different first axes, which are split over the ranks: give "
             "inputs of one batch size"
         )

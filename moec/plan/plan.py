@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import columns, preformatted
 from moec.files.regular_file import read_regular, whole_file
@@ -249,9 +249,9 @@ def read_plan(path: Path) -> Plan:
     try:
         return msgspec.json.decode(read_regular(path), type=Plan)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a plan: {error}") from None
+        raise SetupError(f"{path} is not a plan: {error}") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+        raise SetupError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def physical_to_logical(plan: Plan) -> NDArray[np.int64]:

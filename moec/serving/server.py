@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.files.os_errors import reason
 from moec.serving.access import Access
 from moec.serving.app import application
@@ -240,4 +240,4 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise UsageError(f"--host {host} --port {port}: {reason(error)}") from error
+        raise SetupError(f"--host {host} --port {port}: {reason(error)}") from error

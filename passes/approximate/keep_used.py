@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch, SetupError
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular
 from moec.ir.graph import Program
@@ -67,17 +67,17 @@ class KeepUsed:
             table = json.loads(read_regular(Path(self.usage)))
             share = torch.tensor(table[layer.name], dtype=torch.float64)
         except OSError as error:
-            raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+            raise SetupError(f"{path} cannot be read: {reason(error)}") from None
         except KeyError:
-            raise UsageError(
+            raise SetupError(
                 f"{path} has no layer {layer.name}; it has {', '.join(table)}"
             ) from None
         except (ValueError, TypeError):
-            raise UsageError(
+            raise SetupError(
                 f'{path} is not a table of usage: write {{"{layer.name}": [0.5, 0.25, …]}}'
             ) from None
         if share.shape != (layer.count,) or not bool((share >= 0).all()):
-            raise UsageError(
+            raise SetupError(
                 f"{path}: {layer.name} has {layer.count} experts: give as many shares, none below 0"
             )
         return share

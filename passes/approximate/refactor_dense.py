@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import torch
 
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch, SetupError, UsageError
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ir.interpret.evaluate import run_graph
 from moec.ir.sizes.dims import product
@@ -357,7 +357,7 @@ def _check_domains(evaluator: Evaluator) -> None:
         cases = zip(evaluator.calibration.cases, of, strict=True)
         count = sum(case[0].numel() for case, name in cases if name == domain)
         if count < FEWEST:
-            raise UsageError(
+            raise SetupError(
                 f"the calibration data of {domain} hold {count} tokens, too few to choose channels "
                 f"by: give at least {FEWEST}"
             )

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from moec.errors import MoecError, UsageError
+from moec.errors import Exit, MoecError, UsageError
 from moec.passes.core.damage import METRICS, Distance
 
 _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.eE+-]+)")
@@ -15,7 +15,7 @@ _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.eE+-]+)")
 class BudgetError(MoecError):
     """A pass exceeded the budget in a strict run (--strict)."""
 
-    exit_code = 2
+    exit_code = Exit.DIFFERS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moec.dtypes import FLOATS, INDEX_DTYPES
-from moec.errors import InputError, IRError, MoecError, UsageError
+from moec.errors import InputError, IRError, MoecError, SetupError
 from moec.files.regular_file import read_regular
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Program, Value
@@ -79,13 +79,13 @@ def _load_domain(
         try:
             bind_shape(value.shape, tuple(tensor.shape), sizes)
         except IRError as error:
-            raise UsageError(f"{where}: {value.name} is not {value.type}: {error}") from None
+            raise SetupError(f"{where}: {value.name} is not {value.type}: {error}") from None
     for name, size in sizes.items():
         limits = graph.bounds.get(name)
         if limits and (size < limits.low or (limits.high is not None and size > limits.high)):
             # The number of sequences is split below, each part within the limits.
             if name != _batch(inputs) or size < limits.low:
-                raise UsageError(
+                raise SetupError(
                     f"{where}: size {name} is {size}, the model takes {limits.low} to {limits.high}"
                 )
     return _cases(batch, inputs, graph, parts), tokens_in(inputs[0], batch[0])
@@ -128,7 +128,7 @@ def _tokens(
     value = inputs[0]
     if len(inputs) > 1 or value.dtype not in INDEX_DTYPES or len(value.shape) != 2:
         names = ", ".join(map(repr, inputs))
-        raise UsageError(
+        raise SetupError(
             f"{where}: a text is one input of token ids [B, S], and the model takes {names}; give "
             "the inputs by name in an .npz or .safetensors"
         )
@@ -137,21 +137,21 @@ def _tokens(
     try:
         tokenizer = load_tokenizer(files)
     except MoecError:
-        raise UsageError(
+        raise SetupError(
             f"{where}: the model has no tokenizer.json to encode a text; give token ids in an "
             ".npz or .safetensors"
         ) from None
     try:
         text = read_regular(path).decode()
     except UnicodeDecodeError:
-        raise UsageError(f"{where}: it is not UTF-8 text") from None
+        raise SetupError(f"{where}: it is not UTF-8 text") from None
     ids = torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.int64)
     axis = value.shape[1]
     high = axis if isinstance(axis, int) else graph.bounds[str(axis)].high
     length = high if isinstance(axis, int) else min(LENGTH, high or LENGTH)
     assert isinstance(length, int)
     if len(ids) < length:
-        raise UsageError(
+        raise SetupError(
             f"{where}: the text has {len(ids)} tokens, and one window needs {length}; give more"
         )
     batch = value.shape[0]
@@ -170,7 +170,7 @@ def _tensors(calib: Any, where: str, inputs: list[Value]) -> dict[str, Any]:
     try:
         return read_tensors(Path(calib), ports)
     except InputError as error:
-        raise UsageError(f"{where}: {error}") from None
+        raise SetupError(f"{where}: {error}") from None
 
 
 def _input_tensor(
@@ -179,7 +179,7 @@ def _input_tensor(
     """One input, cast to the program's dtype. Floats and integers may have any width."""
     if value.name not in tensors:
         names = ", ".join(v for v in tensors) or "nothing"
-        raise UsageError(f"{where} holds {names}, and the model takes {value.name}: {value.type}")
+        raise SetupError(f"{where} holds {names}, and the model takes {value.name}: {value.type}")
     tensor = tensors[value.name]
     if not isinstance(tensor, torch.Tensor):
         array = np.asarray(tensor)
@@ -188,14 +188,14 @@ def _input_tensor(
         try:
             tensor = torch.from_numpy(np.ascontiguousarray(array))
         except TypeError:
-            raise UsageError(f"{where}: {value.name} is no array of numbers") from None
+            raise SetupError(f"{where}: {value.name} is no array of numbers") from None
     if tensor.is_floating_point() != (value.dtype in FLOATS):
-        raise UsageError(f"{where}: {value.name} is {tensor.dtype}, the model takes {value.dtype}")
+        raise SetupError(f"{where}: {value.name} is {tensor.dtype}, the model takes {value.dtype}")
     if not tensor.numel():
-        raise UsageError(f"{where}: {value.name} is empty")
+        raise SetupError(f"{where}: {value.name} is empty")
     rows = table_rows(graph, value)
     if rows and (int(tensor.min()) < 0 or int(tensor.max()) >= rows):
-        raise UsageError(
+        raise SetupError(
             f"{where}: {value.name} goes from {int(tensor.min())} to {int(tensor.max())}, and the "
             f"model takes ids from 0 to {rows - 1}"
         )

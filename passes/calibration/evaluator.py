@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from moec.dtypes import FLOATS
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.ir.graph import Graph, Program, Value
 from moec.ir.interpret.evaluate import evaluate
 from moec.ir.upcast import widen
@@ -113,11 +113,11 @@ class Evaluator:
         """Raises UsageError if an expert gets fewer than 16 tokens on average, or if the
         model has no float output to compare."""
         if not self.outputs:
-            raise UsageError("all outputs of the model are integers: no distance can be measured")
+            raise SetupError("all outputs of the model are integers: no distance can be measured")
         for key, layer in self.layers.items():
             need, tokens = 16 * layer.count // layer.routing.k, len(self.choices[key])
             if tokens < need:
-                raise UsageError(
+                raise SetupError(
                     f"the calibration data hold {tokens} tokens, too few to distinguish the "
                     f"{layer.count} experts of {layer.name}: give at least {need}"
                 )

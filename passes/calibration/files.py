@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 SUFFIXES = (".npz", ".safetensors", ".txt")
 
@@ -48,7 +48,7 @@ def check(calib: Any) -> None:
                     f"{label}: calibration data must be a file of type {', '.join(SUFFIXES)}"
                 )
             if not path.is_file():
-                raise UsageError(f"{label}: there is no such file")
+                raise SetupError(f"{label}: there is no such file")
         elif not isinstance(data, Mapping):
             raise UsageError(
                 f"{label} is a {type(data).__name__}: give the path of a file, or tensors by "

@@ -28,7 +28,7 @@ from typing import ClassVar, cast
 import sympy
 import torch
 
-from moec.errors import NoMatch, UnsupportedError, UsageError
+from moec.errors import NoMatch, SetupError, UnsupportedError, UsageError
 from moec.ir.graph import Attr, Graph, Module, Op, Program, Stage, TensorType, Value
 from moec.ir.opdef import OPS
 from moec.ir.sizes.dims import Bounds, Dim, canonical, symbol, symbols
@@ -112,7 +112,7 @@ def _pairs(graph: Graph, plan: Plan) -> Iterator[tuple[Op, LayerPlan]]:
     layers = [layer for layer in plan.layers if layer.experts]
     counts = [op.inputs[2].shape[0] for op in ops]
     if counts != [layer.experts for layer in layers]:
-        raise UsageError(
+        raise SetupError(
             f"the plan of {plan.model} is for {len(layers)} MoE layers with "
             f"{[layer.experts for layer in layers][:4]}… experts, this model has {len(ops)} with "
             f"{counts[:4]}…"

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moec.errors import InputError, UsageError
+from moec.errors import InputError, SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.regular_file import open_regular, whole_file
 from moec.runtime.checks import free_memory
@@ -187,7 +187,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
         with whole_file(path) as file:
             write_arrays(file, path.suffix, arrays)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+        raise SetupError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def write_arrays(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:

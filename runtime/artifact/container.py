@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from moec.errors import ArtifactError, UsageError
+from moec.errors import ArtifactError, SetupError
 from moec.files.os_errors import reason
 from moec.files.regular_file import open_regular
 from moec.files.whole_folder import swap
@@ -202,14 +202,14 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
     process has written it meanwhile), or cannot be written.
     """
     if path.exists() and not replaceable(path):
-        raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
+        raise SetupError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
     _remove_stale(path)
     try:
         temporary = Path(
             tempfile.mkdtemp(prefix=f"{writer_prefix(path)}{os.getpid()}.", dir=path.parent)
         )
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+        raise SetupError(f"{path} cannot be written: {reason(error)}") from error
     try:
         new = temporary / "new"
         if folder:
@@ -219,7 +219,7 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
             with zipfile.ZipFile(new, "w") as archive:
                 yield ZipWriter(archive, new)
         if not overwrite and path.exists():
-            raise UsageError(
+            raise SetupError(
                 f"{path} was written by another process meanwhile, and is left as it is"
             )
         if path.is_dir() or folder:
@@ -227,7 +227,7 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
         else:
             new.rename(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+        raise SetupError(f"{path} cannot be written: {reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moec.errors import ArtifactError, MoecError, UsageError
+from moec.errors import ArtifactError, MoecError, SetupError
 from moec.extras import missing_extra
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular, whole_file
@@ -37,7 +37,7 @@ _PAIR = (
 )
 
 
-class EncryptedKeyError(UsageError):
+class EncryptedKeyError(SetupError):
     """A private key needs a password, and none was given."""
 
 
@@ -66,7 +66,7 @@ def sign(path: Path, content: Buffer, key: Path, password: bytes | None = None) 
         with whole_file(target) as file:
             file.write(f"{_FORM} {base64.b64encode(signature).decode()}\n".encode())
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {reason(error)}") from error
+        raise SetupError(f"{target} cannot be written: {reason(error)}") from error
     return target
 
 
@@ -102,7 +102,7 @@ def _private_key(path: Path, password: bytes | None) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    content = _read(path, UsageError)
+    content = _read(path, SetupError)
     openssh = b"BEGIN OPENSSH" in content
     load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
     try:
@@ -112,12 +112,12 @@ def _private_key(path: Path, password: bytes | None) -> Ed25519PrivateKey:
             raise EncryptedKeyError(f"{path} is encrypted: its password is needed") from None
         key = load(content, None)
     except UnsupportedAlgorithm as error:
-        raise UsageError(f"{path} cannot be opened: {error}") from None
+        raise SetupError(f"{path} cannot be opened: {error}") from None
     except ValueError:
         wrong = ", or the password is wrong" if password else ""
-        raise UsageError(f"{path} has no private key{wrong}; {_PAIR}") from None
+        raise SetupError(f"{path} has no private key{wrong}; {_PAIR}") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"{path} has a key that is not Ed25519; {_PAIR}")
+        raise SetupError(f"{path} has a key that is not Ed25519; {_PAIR}")
     return key
 
 
@@ -127,17 +127,17 @@ def _public_key(path: Path) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    content = _read(path, UsageError)
+    content = _read(path, SetupError)
     if b"PRIVATE KEY" in content:
-        raise UsageError(f"{path} has a private key: give the author's public key")
+        raise SetupError(f"{path} has a private key: give the author's public key")
     openssh = content.startswith(b"ssh-")
     load = serialization.load_ssh_public_key if openssh else serialization.load_pem_public_key
     try:
         key = load(content)
     except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(f"{path} has no public key; {_PAIR}") from None
+        raise SetupError(f"{path} has no public key; {_PAIR}") from None
     if not isinstance(key, Ed25519PublicKey):
-        raise UsageError(f"{path} has a key that is not Ed25519; {_PAIR}")
+        raise SetupError(f"{path} has a key that is not Ed25519; {_PAIR}")
     return key
 
 
@@ -145,7 +145,7 @@ def _require_cryptography() -> None:
     try:
         import cryptography  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(missing_extra(error)) from None
+        raise SetupError(missing_extra(error)) from None
 
 
 def _read(path: Path, kind: type[MoecError]) -> bytes:

@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.runtime.artifact.open_file import OpenFile
 from moec.runtime.checks import show_bytes
 from moec.runtime.dtypes import Array
@@ -28,7 +28,7 @@ def allocate(shapes: Sequence[tuple[tuple[int, ...], np.dtype]]) -> tuple[mmap.m
     try:
         memory = mmap.mmap(-1, max(sum(pages), mmap.PAGESIZE), flags=flags)
     except OSError as error:
-        raise UsageError(
+        raise SetupError(
             f"the system does not give {show_bytes(sum(pages))} for experts: lower the memory"
         ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.runtime.checks import show_bytes
 
 WORKING_SHARE = 16
@@ -52,7 +52,7 @@ def slots_within(limit: MemoryLimit, layers: Sequence[LayerSize]) -> list[int]:
     least = sum(layer.expert_bytes for layer in layers)
     if limit.experts < least:
         needed = limit.bytes - limit.experts + least
-        raise UsageError(
+        raise SetupError(
             f"memory is {show_bytes(limit.bytes)}, and this model needs {show_bytes(needed)}: "
             f"{show_bytes(limit.resident)} of weights that are always in memory, "
             f"{show_bytes(least)} for one expert of each layer, {show_bytes(limit.process)} of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import MappedArrays
 from moec.runtime.artifact.open_file import OpenFile
@@ -67,7 +67,7 @@ def start_within(
 def stored_sizes(opened: Artifact) -> list[LayerSize]:
     """The layers of a model's store. Raises UsageError where it was compiled without one."""
     if opened.package.store is None:
-        raise UsageError(
+        raise SetupError(
             f"{opened.path} takes {_weight_bytes(opened):,} bytes and was compiled without a store "
             "of experts: compile it with store=True (--store), which needs experts of one format "
             "for each product, or load it without a limit of memory"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.files.os_errors import reason
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -25,10 +25,10 @@ def temporary_folder(size: int) -> Iterator[Path]:
     try:
         parent = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
-        raise UsageError(f"there is no folder for temporary files: {reason(error)}") from error
+        raise SetupError(f"there is no folder for temporary files: {reason(error)}") from error
     free = shutil.disk_usage(parent).free
     if free < size + _MARGIN:
-        raise UsageError(
+        raise SetupError(
             f"{parent}, for temporary files, has {free / 1e6:.1f} MB free, and "
             f"{(size + _MARGIN) / 1e6:.1f} MB may be needed: free some, or set TMPDIR to a folder "
             "on another disk"
@@ -38,7 +38,7 @@ def temporary_folder(size: int) -> Iterator[Path]:
             yield Path(folder)
     except OSError as error:
         if error.errno in _FULL:
-            raise UsageError(
+            raise SetupError(
                 f"{parent}, for temporary files, is full: free some space, or set TMPDIR to a "
                 "folder on another disk"
             ) from error

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moec.errors import InputError, UsageError, first_line
+from moec.errors import InputError, SetupError, first_line
 from moec.extras import missing_extra
 from moec.runtime.dtypes import Array
 from moec.runtime.text.sampling import NoTokenError
@@ -44,7 +44,7 @@ class Grammars:
         try:
             import llguidance
         except ModuleNotFoundError as error:
-            raise UsageError(missing_extra(error)) from None
+            raise SetupError(missing_extra(error)) from None
         self._library = llguidance
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._tokenizer = llguidance.LLTokenizer(tokenizer.to_str(), eos_token=sorted(stop) or None)

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from operator import index
 from typing import Any
 
-from moec.errors import ArtifactError, InputError, UsageError
+from moec.errors import ArtifactError, InputError, SetupError, UsageError
 from moec.extras import missing_extra
 from moec.runtime.text.chats.chat import ChatTemplate, Message
 from moec.runtime.text.guide import Grammars
@@ -124,7 +124,7 @@ class Tokenizer:
     def check_chat(self) -> ChatTemplate:
         """The template. Raises UsageError where the model came without one."""
         if self.template is None:
-            raise UsageError(
+            raise SetupError(
                 "the model has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json): continue plain text, with moec run --prompt"
             )
@@ -164,7 +164,7 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     try:
         import tokenizers
     except ModuleNotFoundError as error:
-        raise UsageError(missing_extra(error)) from None
+        raise SetupError(missing_extra(error)) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises nothing narrower

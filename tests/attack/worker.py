@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.attack.kinds import KINDS, Words, stream
 from tests.attack.watch import Watch
 
-EXIT_CODES = (0, 1, 2)
+EXIT_CODES = (0, 1, 2, 4)
 
 
 def faults(words: Words, watch: Watch, refuses: bool = False) -> list[str]:

@@ -58,14 +58,12 @@ def test_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run().stdout == "MOEC_CACHE is off: nothing is cached\n"
     assert json.loads(run("--json").stdout) == {"folder": None}
     result = run("clear")
-    assert (result.exit_code, result.stderr) == (
-        1,
-        "error: MOEC_CACHE is off: there is no cache to clear\n",
-    )
+    words = "error: MOEC_CACHE is off: there is no cache to clear\n"
+    assert (result.exit_code, result.stderr) == (2, words)
 
 
 def test_a_limit_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEC_CACHE_SIZE", "much")
     result = run()
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "MOEC_CACHE_SIZE is 'much': give a number of GiB" in result.stderr

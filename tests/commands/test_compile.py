@@ -76,7 +76,7 @@ def test_json_is_one_document(compiler: FakeCompiler, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["--quiet", "--json"])
 def test_a_report_that_nobody_would_see_is_refused(compiler: FakeCompiler, other: str) -> None:
     result = run("--dry-run", "--report", other)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--report is for people: leave it out with --quiet and --json" in result.stderr
     assert compiler.request == {}
 
@@ -98,7 +98,7 @@ def test_dry_run_builds_nothing(compiler: FakeCompiler, tmp_path: Path) -> None:
 
 def test_a_memory_that_is_no_size_is_reported_at_once(compiler: FakeCompiler) -> None:
     result = run("--dry-run", "--memory", "6gigs")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error: memory is '6gigs': give bytes, or a size with GiB" in result.stderr
     assert compiler.request == {}
 
@@ -122,7 +122,7 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
     }
     for arguments, words in cases.items():
         result = run(*arguments)
-        assert (result.exit_code, result.stderr) == (1, words)
+        assert (result.exit_code, result.stderr) == (1 if arguments else 2, words)
     assert compiler.request == {}
     assert out.read_text() == "mine"
     assert run("-o", out, "--force").exit_code == 0
@@ -133,7 +133,7 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
     ("error", "code", "words"),
     [
         (CaptureError("model: no such file"), 1, "error: model: no such file"),
-        (VerificationError("fuse-gate changes logits"), 2, "error: fuse-gate changes logits"),
+        (VerificationError("fuse-gate changes logits"), 4, "error: fuse-gate changes logits"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("boom"), 70, "RuntimeError: boom"),
     ],

@@ -142,7 +142,7 @@ def test_bisect_finds_a_pass_that_is_wrong(model: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(FuseGate, "run", wrong)
     result = invoke("bisect", f"{model}:make", "--json", "--quiet")
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     culprit = json.loads(result.stdout)["culprit"]
     assert (culprit["pass_name"], culprit["rewrite"], culprit["of"]) == ("fuse-gate", 1, 1)
     assert "moe.route" in culprit["what"]
@@ -153,7 +153,7 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
     result = invoke(
         "compile", f"{model}:make", "-o", tmp_path / "x.moec", "--verify", "1e-12", "-q"
     )
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     assert result.stderr.startswith("error: output differs from eager by ")
     assert len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
@@ -181,7 +181,7 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
 def test_mistakes(model: Path, arguments: list[str], words: str) -> None:
     inputs = [a.replace("MODEL", str(model)) for a in arguments]
     result = invoke("compile", *inputs, "--dry-run", "--quiet")
-    assert result.exit_code == 1
+    assert result.exit_code in (1, 2)
     assert words in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1

@@ -44,7 +44,7 @@ def test_a_picture(compiler: FakeCompiler, tmp_path: Path) -> None:
 
 def test_a_picture_of_another_kind_is_refused_before_the_work(compiler: FakeCompiler) -> None:
     result = run("model", "--graph", "out.png")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == ("error: --graph out.png: the name must end in .dot\n")
     assert compiler.request == {}
 

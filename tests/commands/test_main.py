@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
 
 from moec import __main__ as front
-from moec.errors import UsageError, VerificationError
+from moec.errors import Exit, UsageError, VerificationError
 from tests.command_line import invoke
 
 
@@ -45,7 +47,7 @@ def test_version() -> None:
 
 def test_no_command_shows_the_help() -> None:
     result = invoke()
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Usage: moec" in result.stderr
     assert "error" not in result.stderr
 
@@ -67,22 +69,43 @@ def test_no_command_shows_the_help() -> None:
 )
 def test_wrong_usage_is_one_line(arguments: list[str], words: str) -> None:
     result = invoke(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not result.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("verify none.moec", Exit.SETUP),
+        ("compile no/model -o x.moec", Exit.SETUP),
+        ("compile examples/tiny_moe/checkpoint -o none/x.moec", Exit.SETUP),
+        ("compile examples/tiny_moe/checkpoint --dry-run --calib none.npz", Exit.SETUP),
+        ("compile examples/tiny_moe/checkpoint --dry-run --quant int7", Exit.USAGE),
+        ("run none.moec", Exit.USAGE),
+    ],
+)
+def test_what_is_wrong_decides_on_the_code(words: str, code: Exit) -> None:
+    assert invoke(*words.split()).exit_code == code
+
+
+def test_the_page_has_every_code() -> None:
+    page = (Path(__file__).parents[2] / "docs/install.md").read_text(encoding="utf-8")
+    codes = re.findall(r"^\| (\d+) \|", page.partition("## Exit codes")[2], re.MULTILINE)
+    assert [int(code) for code in codes] == list(Exit)
+
+
 def test_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, UsageError("the model is missing"))
     result = invoke("doctor")
-    assert (result.exit_code, result.stderr) == (1, "error: the model is missing\n")
+    assert (result.exit_code, result.stderr) == (2, "error: the model is missing\n")
 
 
 def test_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, VerificationError("fuse-gate changes the numbers"))
     result = invoke("doctor")
-    assert (result.exit_code, result.stderr) == (2, "error: fuse-gate changes the numbers\n")
+    assert (result.exit_code, result.stderr) == (4, "error: fuse-gate changes the numbers\n")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +191,7 @@ def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "moec", "nonsense"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: no such command 'nonsense'")
 
 

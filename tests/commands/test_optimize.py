@@ -52,7 +52,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
 def test_refusals(arguments: tuple[str, ...], message: str, calib: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.moec"
     result = invoke("optimize", MODEL, "--calib", calib, "-o", output, *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code in (1, 2)
     assert message in result.stderr
     assert not output.exists()
 

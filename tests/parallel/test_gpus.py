@@ -248,5 +248,5 @@ def test_refusals(target: str, more: tuple[str, ...], words: str, tmp_path: Path
     options = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "m.ranks"), *more]
     words_of_command = ["compile", f"{__file__}:model", *options, "--target", target]
     result = invoke(*words_of_command)
-    assert result.exit_code == 1
+    assert result.exit_code in (1, 2)
     assert words in result.stderr

@@ -14,7 +14,7 @@ from moec.cache import MODELS, default_store
 from moec.commands.compilation.checkpoint_key import checkpoint_key
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.files import hub_files
 from moec.model_path import is_of_hub
 
@@ -31,7 +31,7 @@ def artifact_of(model: Path, quiet: bool = False) -> Path:
         return model
     store = default_store()
     if store.folder is None:
-        raise UsageError(
+        raise SetupError(
             f"{text} is compiled into the cache, which is off or cannot be used: set MOEC_CACHE to "
             f"a folder of your own, or run what moec compile {text} -o NAME.moec writes"
         )
@@ -39,7 +39,7 @@ def artifact_of(model: Path, quiet: bool = False) -> Path:
     key = checkpoint_key(path, {"for": "commands that run models"})
     value = None if key is None else key.value()
     if value is None:
-        raise UsageError(f"the files of {text} change: run it when they are written")
+        raise SetupError(f"the files of {text} change: run it when they are written")
     name = hub_files.short_name(Path(path)).rpartition("/")[2].removesuffix(".gguf")
     name = re.sub(r"[^\w.-]+", "-", name)
     artifact = store.folder / MODELS / f"{name}-{value[:16]}{value[-16:]}.moec"

@@ -11,7 +11,7 @@ from typing import Any
 from moec.cache import Store
 from moec.commands.compilation.checkpoint_key import CheckpointKey, checkpoint_key
 from moec.commands.options.files import check_folder, check_writable
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.options import compile_options
 from moec.passes.core.names import check_last
 from moec.target.named import parse_both, parse_for_ranks
@@ -93,7 +93,7 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
 
 def _check_plan(request: CompileRequest, plan_file: Path) -> None:
     if not plan_file.is_file():
-        raise UsageError(f"{plan_file} does not exist")
+        raise SetupError(f"{plan_file} does not exist")
     values = request.options
     parse_for_ranks(values["target"])
     others = [
@@ -117,9 +117,9 @@ def _check_output(request: CompileRequest) -> None:
     from moec.runtime.artifact.container import replaceable
 
     if output.exists() and not request.force:
-        raise UsageError(f"{output} exists; --force replaces it")
+        raise SetupError(f"{output} exists; --force replaces it")
     if output.exists() and not ranks and not replaceable(output):
-        raise UsageError(
+        raise SetupError(
             f"{output} is not an artifact, and --force replaces artifacts only: choose another name"
         )
     if not output.is_dir():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     from moec.inspect.bench.served import ServedResult
@@ -140,7 +140,7 @@ def _server(target: str, slots: int, room: int, threads: int | None) -> Iterator
         try:
             line = child.stderr.readline()
             if not (address := re.search(r"http://\S+/v1", line)):
-                raise UsageError((line + child.stderr.read()).strip().removeprefix("error: "))
+                raise SetupError((line + child.stderr.read()).strip().removeprefix("error: "))
             yield address[0]
         finally:
             child.terminate()

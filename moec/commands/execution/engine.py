@@ -11,7 +11,7 @@ import click
 
 from moec.commands.execution.ranks import holds_ranks
 from moec.commands.options.options import memory_option, signed_by_option
-from moec.errors import UsageError
+from moec.errors import SetupError
 
 if TYPE_CHECKING:
     from moec.model.load import LoadedModel
@@ -65,7 +65,7 @@ def check_one_process(artifact: Path) -> None:
     """Raises UsageError for the ranks of a plan."""
     if holds_ranks(artifact):
         command = click.get_current_context().command_path
-        raise UsageError(f"{artifact} has the ranks of a plan: {command} is for one process")
+        raise SetupError(f"{artifact} has the ranks of a plan: {command} is for one process")
 
 
 def open_engine(

@@ -9,7 +9,7 @@ import click
 
 from moec.commands.options.options import json_option, quiet_option
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import printable_json
 from moec.files.regular_file import read_regular
@@ -78,6 +78,6 @@ def _read(path: Path) -> str:
     try:
         return read_regular(path).decode()
     except OSError as error:
-        raise UsageError(f"{path}: {reason(error)}") from error
+        raise SetupError(f"{path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
+        raise SetupError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError
 
 if TYPE_CHECKING:
     from moec.plan.simulation.slots_by_trace import Residency, Speeds
@@ -77,12 +77,12 @@ def _expected(
 
     opened = read(path)
     if opened.package.gpu is not None:
-        raise UsageError(f"--memory plans a model on a CPU, and {path} is for GPUs")
+        raise SetupError(f"--memory plans a model on a CPU, and {path} is for GPUs")
     layers = stored_sizes(opened)
     budgets = [resident_limit(opened, limit, ONE_TEXT) for limit in limits]  # before torch is here
     routing = None if trace is None else load_trace(trace)
     if DECODE not in opened.package.functions:
-        raise UsageError(f"--memory plans the generation of text, and {path} generates none")
+        raise SetupError(f"--memory plans the generation of text, and {path} generates none")
     report = ReportData.of_dict(opened.manifest.extra["report"])
     store = opened.package.store
     assert store is not None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.errors import InputError, UsageError
+from moec.errors import InputError, SetupError
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from moec.runtime.text.texts import Decoder
     from moec.runtime.text.write_text import Text
 
-SOME_FAILED = 3
-"""The exit code where some prompts failed, and the others have their texts."""
 Row = dict[str, Any]
 """`index`, `prompt`, `text` and `tokens`; or `index` and `error`."""
 
@@ -35,7 +33,7 @@ def completed(path: Path, prompts: Sequence[str | None]) -> set[int]:
         *lines, last = read_regular(path).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"--resume {path}: {why}") from error
+        raise SetupError(f"--resume {path}: {why}") from error
     del last  # empty, or cut as the run was ended
     indices = set()
     for number, line in enumerate(lines, 1):
@@ -45,9 +43,9 @@ def completed(path: Path, prompts: Sequence[str | None]) -> set[int]:
             same = "error" in row or prompts[index] == row["prompt"]
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             where = f"--resume {path}, line {number}"
-            raise UsageError(f"{where}: it is no result of --prompts") from None
+            raise SetupError(f"{where}: it is no result of --prompts") from None
         if not same:
-            raise UsageError(f"--resume {path}, line {number}: it is of another prompt")
+            raise SetupError(f"--resume {path}, line {number}: it is of another prompt")
         if "error" not in row:
             indices.add(index)
     return indices

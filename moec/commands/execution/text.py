@@ -17,7 +17,7 @@ from moec.commands.execution.draft import open_draft
 from moec.commands.execution.prompts import completed, continue_prompts
 from moec.commands.options.sampling import sampling_line, sampling_of, sampling_options
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import printable, printable_json
 from moec.files.regular_file import open_regular
@@ -124,10 +124,10 @@ def read_prompts(options: TextOptions) -> list[str | None]:
         with nullcontext(sys.stdin.buffer) if name == "stdin" else open_regular(path) as file:
             content = read_limited(name, file)
     except OSError as error:
-        raise UsageError(f"{name}: {reason(error)}") from error
+        raise SetupError(f"{name}: {reason(error)}") from error
     lines = decoded(name, content).splitlines()
     if not any(line.strip() for line in lines):
-        raise UsageError(f"{name} has no prompt: write one per line")
+        raise SetupError(f"{name} has no prompt: write one per line")
     return list(map(_string, lines)) if path.suffix == ".jsonl" else [*lines]
 
 
@@ -135,7 +135,7 @@ def read_limited(name: str, file: BinaryIO) -> bytes:
     """The whole file. Raises UsageError beyond a limit, because /dev/zero would fill the memory."""
     content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise UsageError(f"{name} holds more than {MOST_BYTES // 10**6} MB: split it")
+        raise SetupError(f"{name} holds more than {MOST_BYTES // 10**6} MB: split it")
     return content
 
 
@@ -144,7 +144,7 @@ def decoded(name: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 at byte {error.start}: convert it first") from error
+        raise SetupError(f"{name} is not UTF-8 at byte {error.start}: convert it first") from error
 
 
 def _string(line: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 
 
@@ -38,9 +38,9 @@ def check_folder(path: Path, name: str) -> None:
     """Raises UsageError, beginning with `name`, where no folder for files can be at `path`."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
-        raise UsageError(f"{name}: {existing} is not a folder")
+        raise SetupError(f"{name}: {existing} is not a folder")
     if not os.access(existing, os.W_OK):
-        raise UsageError(f"{name}: {existing} cannot be written: permission denied")
+        raise SetupError(f"{name}: {existing} cannot be written: permission denied")
 
 
 def check_output(path: Path, name: str, *, force: bool) -> None:
@@ -48,7 +48,7 @@ def check_output(path: Path, name: str, *, force: bool) -> None:
     exists and is not to be replaced (`force`)."""
     check_writable(path, name)
     if path.exists() and not force:
-        raise UsageError(f"{name} exists; --force replaces it")
+        raise SetupError(f"{name} exists; --force replaces it")
 
 
 def check_writable(path: Path, name: str) -> None:
@@ -57,10 +57,10 @@ def check_writable(path: Path, name: str) -> None:
         raise UsageError(f"{name} is not a valid file name")
     try:
         if path.is_dir():
-            raise UsageError(f"{name} is a folder: give the name of a file")
+            raise SetupError(f"{name} is a folder: give the name of a file")
         if not path.parent.is_dir():
-            raise UsageError(f"{name}: the folder {path.parent} does not exist: create it first")
+            raise SetupError(f"{name}: the folder {path.parent} does not exist: create it first")
     except OSError as error:
-        raise UsageError(f"{name} is not a valid file name: {reason(error)}") from error
+        raise SetupError(f"{name} is not a valid file name: {reason(error)}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"{name} cannot be written: permission denied")
+        raise SetupError(f"{name} cannot be written: permission denied")

@@ -18,7 +18,7 @@ import click
 
 from moec.commands.options.files import OutputFile
 from moec.commands.output.echo import echo
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import printable
 
@@ -106,4 +106,4 @@ def _opened(path: Path) -> _File:
     try:
         return _File(path, mode="w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UsageError(f"--log-file {path} cannot be written: {reason(error)}") from error
+        raise SetupError(f"--log-file {path} cannot be written: {reason(error)}") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 IDS = range(3, 1000)  # of prompts; every vocabulary has them
 FIRST, LAST = "data: ", "[DONE]"
@@ -115,7 +115,7 @@ async def _model(session: aiohttp.ClientSession, url: str) -> str:
             content = await response.json(content_type=None)
             return str(content["data"][0]["id"])
     except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(
+        raise SetupError(
             f"{url} is no server with OpenAI's interface ({type(error).__name__} at {url}/models): "
             "give its address with /v1"
         ) from error

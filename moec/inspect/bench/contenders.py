@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.inspect.bench.names import TRANSFORMERS, check_names
 from moec.runtime.call.executor import Executor
 from moec.runtime.text.texts import Texts
@@ -32,7 +32,7 @@ class Contender:
 def compiled(executor: Executor) -> Contender:
     """moec's contender. Raises UsageError for a model that cannot take tokens in pieces."""
     if executor.package.generation is None:
-        raise UsageError(f"the model cannot decode step by step: {executor.package.no_generation}")
+        raise SetupError(f"the model cannot decode step by step: {executor.package.no_generation}")
     return Contender("moec", lambda texts, room: Texts(executor, texts, room))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.spelling import did_you_mean
 
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
@@ -43,7 +43,7 @@ def files_of(names: Sequence[str], files: Sequence[Path]) -> dict[str, Path]:
                 f"--baseline {name} runs a file of yours: give one with --file FILE{SUFFIXES[name]}"
             )
         if not matching[0].is_file():
-            raise UsageError(f"--file {matching[0]}: there is no such file")
+            raise SetupError(f"--file {matching[0]}: there is no such file")
         chosen[name] = matching[0]
     suffixes = {SUFFIXES[name] for name in names}
     for file in files:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.inspect.bench.contenders import Contender, Tokens
 from moec.inspect.bench.names import PACKAGES, files_of
 
@@ -68,7 +68,7 @@ def _check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     presents = {PRESENT + name.removeprefix(PAST) for name in pasts}
     unknown = set(inputs) - set(pasts) - {"input_ids", "attention_mask", "position_ids"}
     if not pasts or not presents <= set(outputs) or "logits" not in outputs or unknown:
-        raise UsageError(
+        raise SetupError(
             f"--file {path}: its inputs must be input_ids and past_key_values.*, its outputs "
             "logits and present.*, as in files that moec export or optimum write with a cache"
         )
@@ -162,7 +162,7 @@ def _imported(module: str, name: str = "") -> Any:
         return import_module(module)
     except ImportError:
         package = PACKAGES[name or module]
-        raise UsageError(
+        raise SetupError(
             f"--baseline {name or module} needs its package: pip install {package}"
         ) from None
 

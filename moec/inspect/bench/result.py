@@ -9,7 +9,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from moec.errors import UsageError
 from moec.inspect.bench.race import Figure, Load, Times, ratio
 
 BUSY = 0.7
@@ -142,15 +141,11 @@ def _times(ahead: float) -> str:
 
 
 def plot(report: BenchResult, path: Path) -> None:
-    """A bar chart of both rates with the limits. Raises UsageError where matplotlib is missing."""
-    try:
-        import matplotlib
+    """A bar chart of both rates with the limits."""
+    from matplotlib.figure import Figure as Drawing
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'moec[bench]'") from None
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Drawing(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     tokens = {"prefill": report.load.batch * report.load.prompt, "decode": report.load.batch}
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
         figures: list[Figure] = [getattr(line, phase) for line in report.lines]
@@ -165,4 +160,3 @@ def plot(report: BenchResult, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.model}, {report.dtype}, {report.threads} threads", fontsize=10)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

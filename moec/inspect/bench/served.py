@@ -86,13 +86,11 @@ def _row(line: Served) -> tuple[str, ...]:
 
 def plot(result: ServedResult, path: Path) -> None:
     """Time to the first token and between tokens, and tokens per second, by load."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = [line.load.name for line in result.lines]
-    figure, (times, rates) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4))
+    times, rates = figure.subplots(1, 2)
     for label, column in (("first token", "first"), ("between tokens", "between")):
         for number, style in ((0, "-o"), (1, "--o")):
             values = [1e3 * getattr(line, column)[number] for line in result.lines]
@@ -104,4 +102,3 @@ def plot(result: ServedResult, path: Path) -> None:
     rates.set(ylabel="new tokens per second", ylim=(0, None), title=result.machine)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)

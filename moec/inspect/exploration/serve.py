@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.files.os_errors import reason
 
 HOST = "127.0.0.1"
@@ -55,7 +55,7 @@ def page_server(html: str, port: int, seconds: float = SECONDS) -> PageServer:
     try:
         return PageServer((HOST, port), PageHandler)
     except OSError as error:
-        raise UsageError(f"--port {port} cannot be used: {reason(error)}") from error
+        raise SetupError(f"--port {port} cannot be used: {reason(error)}") from error
 
 
 def serve(html: str, port: int, tell: Callable[[str], None]) -> None:

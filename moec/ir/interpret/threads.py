@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.ir.graph import Op
 from moec.ir.opdef import Runner
 
@@ -49,4 +49,4 @@ def gradients_needed(needed: str, advice: str) -> Iterator[None]:
         yield
     except RuntimeError as why:
         line = str(why).partition("\n")[0]
-        raise UsageError(f"{needed}, and they cannot be computed: {line}: {advice}") from why
+        raise SetupError(f"{needed}, and they cannot be computed: {line}: {advice}") from why

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import columns, preformatted
 from moec.files.regular_file import read_regular
@@ -118,7 +118,7 @@ def score_text(
             )
     tokens = [subject.tokenizer.encode(text) for subject in subjects]
     if min(map(len, tokens)) < 2:
-        raise UsageError("the text has fewer than two tokens: there is nothing to predict")
+        raise SetupError("the text has fewer than two tokens: there is nothing to predict")
     same = [each == tokens[0] for each in tokens]
     sums: list[list[tuple[float, float, float, int]]] = [[] for _ in subjects]
     most = max(len(windows(len(each), length, stride)) for each in tokens)
@@ -144,12 +144,12 @@ def _sums(
 ) -> tuple[float, float, float, int]:
     """Nats, KL, agreements and number of tokens of a window."""
     if max(follow, default=0) >= scores.shape[-1]:
-        raise UsageError("the tokenizer has tokens that the model does not")
+        raise SetupError("the tokenizer has tokens that the model does not")
     nats = -float(scores[np.arange(len(follow)), follow].sum(dtype=np.float64))
     if reference is None:
         return nats, 0.0, 0.0, len(follow)
     if reference.shape != scores.shape:
-        raise UsageError("the models have vocabularies of different sizes")
+        raise SetupError("the models have vocabularies of different sizes")
     possible = reference > -np.inf  # others add nothing; 0 * -inf is NaN
     terms = np.exp(reference[possible]) * (reference[possible] - scores[possible])
     equal = reference.argmax(-1) == scores.argmax(-1)
@@ -194,7 +194,7 @@ def read_tasks(path: Path) -> list[Task]:
     try:
         lines = read_regular(path).splitlines()
     except OSError as error:
-        raise UsageError(f"{path}: {reason(error)}") from error
+        raise SetupError(f"{path}: {reason(error)}") from error
     tasks = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -202,17 +202,17 @@ def read_tasks(path: Path) -> list[Task]:
         try:
             task = msgspec.json.decode(line, type=Task)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}, line {number}: {error}") from error
+            raise SetupError(f"{path}, line {number}: {error}") from error
         if not 0 <= task.gold < len(task.choices):
-            raise UsageError(
+            raise SetupError(
                 f"{path}, line {number}: gold is {task.gold}, and there are "
                 f"{len(task.choices)} choices"
             )
         if not task.query or not all(task.choices):
-            raise UsageError(f"{path}, line {number}: the query or a choice is empty")
+            raise SetupError(f"{path}, line {number}: the query or a choice is empty")
         tasks.append(task)
     if not tasks:
-        raise UsageError(f"{path} has no tasks")
+        raise SetupError(f"{path} has no tasks")
     return tasks
 
 
@@ -247,7 +247,7 @@ def log_likelihood(subject: Subject, context: str, continuation: str) -> tuple[f
     follow = together[len(before) if context else 0 :]
     before, follow = (before, follow) if before else (follow[:1], follow[1:])
     if not 1 <= len(follow) <= (subject.longest or len(follow)):
-        raise UsageError(
+        raise SetupError(
             f"{continuation[:40]!r} is {len(follow)} tokens after its query: give 1 to "
             f"{subject.longest}, as {subject.name} takes"
         )

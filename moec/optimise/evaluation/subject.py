@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.model.load import load
 from moec.runtime.artifact import manifest
 from moec.runtime.dtypes import Array
@@ -46,7 +46,7 @@ class Subject:
         logits -= logits.max(-1, keepdims=True)
         result: Array = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         if np.isnan(result).any():
-            raise UsageError(f"{self.name} gives logits that are no numbers")
+            raise SetupError(f"{self.name} gives logits that are no numbers")
         return result
 
 
@@ -66,7 +66,7 @@ def _artifact(path: Path) -> Subject:
     package = model.artifact.package
     main = package.functions[MAIN]
     if len(main.inputs) != 1 or len(main.outputs) != 1 or len(main.outputs[0].shape) != 3:
-        raise UsageError(
+        raise SetupError(
             f"{path} gives no logits [B, S, V] for tokens alone: it cannot be evaluated"
         )
     name = main.inputs[0].name

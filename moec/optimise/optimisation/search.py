@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.ir.formats.notation import Format
 from moec.ir.graph import Program, Stage
 from moec.model.compiled import CompiledModel
@@ -236,7 +236,7 @@ def measured_search(
     if recover:
         training_data(calib, lowered, source.files)
         if not router_weights(lowered.graph):
-            raise UsageError("recover trains routers, and the model has none with stored weights")
+            raise SetupError("recover trains routers, and the model has none with stored weights")
     evaluator = Evaluator(lowered, load_calibration(calib, lowered, source.files))
     layers = changeable_layers(program, log)
     shared = shared_experts(program, layers, log) if SHARED in moves else {}

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.inspect.bench.contenders import compiled as contender
 from moec.inspect.bench.race import Load, race
 from moec.model.compiled import CompiledModel
@@ -42,7 +42,7 @@ def writing_speed(model: CompiledModel) -> float:
     package, executor = model.ready()
     generation = package.generation
     if generation is None:
-        raise UsageError(
+        raise SetupError(
             "tokens a second limit models that write text step by step, and this one does not: "
             f"{package.no_generation}"
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 Source = Literal["measured", "data sheet", "assumed"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -59,4 +59,4 @@ def decode(text: bytes, kind: type[T], source: str) -> T:
     try:
         return msgspec.yaml.decode(text, type=kind, strict=False)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source}: {error}") from None
+        raise SetupError(f"{source}: {error}") from None

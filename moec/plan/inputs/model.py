@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.plan.inputs.files import Natural, Positive, Record, read_preset_or_file
 
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "f64": 8.0, "fp8": 1.0}
@@ -119,7 +119,7 @@ def read_model(source: str) -> Model:
         try:
             content = json.loads(config.read_text())
         except (ValueError, UnicodeDecodeError) as error:
-            raise UsageError(f"{config}: {error}") from None
+            raise SetupError(f"{config}: {error}") from None
         return of_config(content, str(config))
     return read_preset_or_file(source, Model, "models")
 
@@ -133,7 +133,7 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
             if isinstance(config.get(name), int):
                 return int(config[name])
         if default is None:
-            raise UsageError(
+            raise SetupError(
                 f"{source} has none of {', '.join(names)}: write a YAML description instead"
             )
         return default

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular
 from moec.plan.placement.placement import Loads, Placement, place
@@ -33,11 +33,11 @@ def read_groups(path: Path) -> dict[str, list[int]]:
     try:
         groups = msgspec.yaml.decode(read_regular(path), type=dict[str, list[int]])
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+        raise SetupError(f"{path} cannot be read: {reason(error)}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}; write a line such as text: [0, 1]") from None
+        raise SetupError(f"{path}: {error}; write a line such as text: [0, 1]") from None
     if not groups or not all(groups.values()):
-        raise UsageError(f"{path}: a group has no expert; write a line such as text: [0, 1]")
+        raise SetupError(f"{path}: a group has no expert; write a line such as text: [0, 1]")
     return groups
 
 
@@ -50,7 +50,7 @@ def place_bound(loads: Loads, groups: Mapping[str, Sequence[int]], ranks: int) -
     counts_of = Counter(expert for group in groups.values() for expert in group)
     for expert in sorted({*range(len(loads)), *counts_of}):
         if counts_of[expert] != 1 or not 0 <= expert < len(loads):
-            raise UsageError(
+            raise SetupError(
                 f"expert {expert} is in {counts_of[expert]} groups; each of the experts 0 to "
                 f"{len(loads) - 1}, and no other, must be in one group"
             )

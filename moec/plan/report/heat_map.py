@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 
 _STOPS = ((247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107), (165, 15, 21))
 """Colors of 0, 1, 2, 3 and 4 times the mean: from white over blue to red."""
@@ -33,7 +33,7 @@ def check_picture_name(path: Path) -> None:
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"{path}: a picture ends in .png or .svg")
     if find_spec("matplotlib") is None:
-        raise UsageError(f"{path}: a picture needs matplotlib: pip install 'moec[bench]'")
+        raise SetupError(f"{path}: a picture needs matplotlib: pip install 'moec[bench]'")
 
 
 def save_heat_map(path: Path, *tables: Table) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.files.printable import columns
 from moec.plan.plan import LayerPlan, Plan, degrees_of, layer_row
 from moec.plan.search.planner import CostedDegrees
@@ -74,7 +74,7 @@ def compare(one: Plan, two: Plan, names: tuple[str, str]) -> str:
     """Two plans of one model side by side: totals, and the layers whose degrees differ. Raises
     UsageError for plans of models with other numbers of experts."""
     if [layer.experts for layer in one.layers] != [layer.experts for layer in two.layers]:
-        raise UsageError(
+        raise SetupError(
             f"{names[1]} is a plan of {two.model}, whose layers or experts are not those of "
             f"{one.model}: compare plans of one model"
         )

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.runtime.call.recorder import DECODED
 from moec.runtime.call.routing_trace import RoutingTrace
 
@@ -88,7 +88,7 @@ def decode_hits(
     decode = trace.phase[first] == DECODED
     decode[: len(steps) // 2] = False
     if not decode.any():
-        raise UsageError("the second half of the trace has no steps that continue a text")
+        raise SetupError("the second half of the trace has no steps that continue a text")
     return float(hits[decode].mean()), float(visits[decode].mean())
 
 

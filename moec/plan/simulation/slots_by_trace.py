@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.plan.simulation.residency import EVICTIONS, Eviction, decode_hits, hit_rates, layer_hits
 from moec.runtime.call.routing_trace import RoutingTrace
 from moec.runtime.expert_store.native import POLICIES
@@ -28,7 +28,7 @@ def slots_by_trace(
     experts = [int(count) for count in trace.experts]
     of_model = [layer.experts for layer in layers]
     if experts != of_model:
-        raise UsageError(
+        raise SetupError(
             f"the routing is of {len(experts)} layers with {_range(experts)} experts, and the "
             f"model has {len(of_model)} with {_range(of_model)}: record it with this model"
         )

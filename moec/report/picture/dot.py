@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.files.os_errors import reason
 from moec.report.data import PortLine
 from moec.report.picture.repeats import ENTRY, Scene, ScenePart
@@ -25,7 +25,7 @@ def save(scene: Scene, path: Path) -> None:
     try:
         path.write_text(dot(scene), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+        raise SetupError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def dot(scene: Scene) -> str:

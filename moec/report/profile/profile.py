@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.errors import ArtifactError, UsageError
+from moec.errors import ArtifactError
 from moec.files.printable import preformatted
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.sizes.dims import evaluate_dim
@@ -214,16 +214,12 @@ COLOURS = ("#0b6e4f", "#b23a48", "#3a5ab2", "#b2873a")
 
 def plot(profile: ProfileData, path: Path) -> None:
     """One point for each kind of kernel with arithmetic in each phase, as large as its share of the
-    call, under the limits of the machine. Raises UsageError where matplotlib is missing."""
-    try:
-        import matplotlib
+    call, under the limits of the machine."""
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'moec[bench]'") from None
     limits = profile.limits
-    figure, axis = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
     intensities = [limits.peak / limits.bandwidth]
     for phase, colour in zip(profile.phases, COLOURS, strict=False):
         axis.scatter([], [], color=colour, label=phase.name)
@@ -253,7 +249,6 @@ def plot(profile: ProfileData, path: Path) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 # ---- a profile as a trace in Chrome's format -----------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.runtime.call.profile import TimedCall, TimedDecoder, decoders
 from moec.runtime.package import DECODE, MAIN, Package
 from moec.runtime.text.texts import Texts
@@ -43,7 +43,7 @@ def random_tokens(package: Package, batch: int, prompt: int, new: int) -> Profil
     """Raises UsageError where the texts are longer than the model allows."""
     generation = package.generation
     if generation is None:
-        raise UsageError(
+        raise SetupError(
             f"the model does not continue text ({package.no_generation}): profile a call of it, "
             "with inputs (-i FILE)"
         )

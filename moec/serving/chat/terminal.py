@@ -18,7 +18,7 @@ from prompt_toolkit.history import FileHistory
 from rich.console import Console
 
 from moec.commands.execution.text import read_limited
-from moec.errors import MoecError, UsageError
+from moec.errors import MoecError, SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import printable
 from moec.files.regular_file import open_regular
@@ -139,7 +139,7 @@ def history_file() -> Path:
         path.touch(mode=0o600)
         path.chmod(0o600)
     except OSError as error:
-        raise UsageError(f"{path}: {reason(error)}; --no-history does without it") from error
+        raise SetupError(f"{path}: {reason(error)}; --no-history does without it") from error
     return path
 
 

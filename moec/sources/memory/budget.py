@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.runtime.checks import free_memory, show_bytes
 from moec.runtime.process.byte_sizes import bytes_of
 from moec.runtime.process.memory_limit import resident_bytes
@@ -31,7 +31,7 @@ def allowed_bytes(memory: Any) -> int:
     return resident_bytes() + free_memory() // 2 if memory is None else bytes_of(memory)
 
 
-class TooLittleMemory(UsageError):
+class TooLittleMemory(SetupError):
     """A compilation needs more memory than it may take."""
 
 

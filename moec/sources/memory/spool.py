@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.runtime.checks import show_bytes
 from moec.runtime.dtypes import Array
 from moec.sources.memory.ranges import PAGE, FileRange
@@ -69,7 +69,7 @@ class Spool:
         """Raises UsageError where the disk has no room for `size` bytes more."""
         free = shutil.disk_usage(self._folder).free
         if free < size:
-            raise UsageError(
+            raise SetupError(
                 f"{self._folder}, for temporary files, has {show_bytes(free)} free, and weights of "
                 f"{show_bytes(size)} are to be kept there: free some, set TMPDIR to a folder on "
                 "another disk, or allow more memory (--memory)"
@@ -86,7 +86,7 @@ class Spool:
                 count = os.pwrite(self.file, view[: 1 << 26], at)
                 view, at = view[count:], at + count
         except OSError as error:
-            raise UsageError(
+            raise SetupError(
                 f"{self._folder}, for temporary files, cannot take {show_bytes(view.nbytes)} more "
                 f"({error.strerror}): free some, or set TMPDIR to a folder on another disk"
             ) from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch, SetupError, UsageError
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
 from moec.ir.ops import OPS
 from moec.passes.approximate.choices.changeable import (
@@ -101,7 +101,7 @@ def check_applied(pass_results: Sequence[PassResult]) -> None:
     """Raises UsageError where choices were not those of the model."""
     for declined in (declined for result in pass_results for declined in result.declined):
         if declined.where == "choices":
-            raise UsageError(
+            raise SetupError(
                 f"choices: {declined.reason}: give those that moec optimize wrote for this model"
             )
 

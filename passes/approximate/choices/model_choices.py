@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from moec.errors import UsageError
+from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
 from moec.files.regular_file import read_regular
 from moec.ir.formats.notation import Format, parse
@@ -119,13 +119,13 @@ def _formats(name: str, choice: ProductChoice) -> AnyFormat | None:
         return None if choice.format == UNCHANGED else parse_format(choice.format)
     texts = (choice.format, *choice.experts)
     if unfit := [text for text in texts if text == UNCHANGED or text.startswith("fp8")]:
-        raise UsageError(
+        raise SetupError(
             f"{name}: {unfit[0]} is for all experts of a product: give single ones formats of "
             "integers or mxfp4"
         )
     numbers = [e for experts in choice.experts.values() for e in experts]
     if len(set(numbers)) < len(numbers):
-        raise UsageError(f"{name}: an expert has two formats: give each number once")
+        raise SetupError(f"{name}: an expert has two formats: give each number once")
     others = [(parse_format(text), tuple(sorted(e))) for text, e in choice.experts.items()]
     return ExpertFormats(parse_format(choice.format), tuple(others))
 
@@ -141,11 +141,11 @@ def read_choices(path: Path) -> ModelChoices:
     try:
         choices = msgspec.yaml.decode(read_regular(path), type=ModelChoices)
         if not formats_of(choices.products) and not choices.layers:
-            raise UsageError("nothing changes: compile without them")
+            raise SetupError("nothing changes: compile without them")
     except OSError as error:
-        raise UsageError(f"choices {path} cannot be read: {reason(error)}") from None
+        raise SetupError(f"choices {path} cannot be read: {reason(error)}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
-        raise UsageError(f"choices {path}: {' '.join(str(error).split())}") from None
+        raise SetupError(f"choices {path}: {' '.join(str(error).split())}") from None
     return choices
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moec.dtypes import FLOATS
-from moec.errors import UsageError
+from moec.errors import SetupError
 from moec.ir.graph import Graph, Program, Value
 from moec.ir.interpret.evaluate import run_graph
 from moec.ir.interpret.threads import copied, gradients_needed, threads_for
@@ -92,7 +92,7 @@ def training_data(
     that are one case."""
     data = load_calibration(calib, program, files, WINDOWS, CASES)
     if len(data.cases) < 2:
-        raise UsageError(
+        raise SetupError(
             "recover needs data of which a part can be held out, and these are one case: give a "
             "text of two windows, or inputs of two sequences"
         )

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moec.errors import ArtifactError, InputError, UsageError
+from moec.errors import ArtifactError, InputError, SetupError
 from moec.extras import missing_extra
 
 SECONDS = 5.0
@@ -73,7 +73,7 @@ class TemplateProcess:
         """The process; after a fork, one of this process."""
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             if importlib.util.find_spec("jinja2") is None:
-                raise UsageError(missing_extra(ModuleNotFoundError(name="jinja2")))
+                raise SetupError(missing_extra(ModuleNotFoundError(name="jinja2")))
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(PROGRAM)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

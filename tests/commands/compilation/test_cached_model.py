@@ -81,10 +81,10 @@ def test_other_contents_are_compiled_again(
 def test_a_compilation_that_fails_ends_the_command(
     short_moe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler(monkeypatch, 2)
+    compiler(monkeypatch, 4)
     for words in (["run", short_moe, "--prompt", "x"], ["chat", short_moe]):
         result = invoke(*words)
-        assert result.exit_code == 2
+        assert result.exit_code == 4
         assert result.stdout == ""
 
 

@@ -160,7 +160,7 @@ def test_the_second_pass_counts_from_the_original() -> None:
 
 
 def test_strict_fails_on_a_breach() -> None:
-    assert BudgetError.exit_code == 2
+    assert BudgetError.exit_code == 4
     with pytest.raises(BudgetError) as raised:
         change(program(), HALF, limit="error<=1e-6", strict=True)
     assert "prune-experts(keep=0.5,by=usage,seed=0,scope=layer) at layers.0: error is" in str(

@@ -72,7 +72,7 @@ def test_check_differs(package: Package, tmp_path: Path) -> None:
     artifact.write(package, path, graphs={"main": ""}, samples=[sample, wrong], tolerance=1e-5)
     with pytest.raises(VerificationError, match="output 'y' of sample 1 differs by"):
         run(path, "--check")
-    assert VerificationError.exit_code == 2
+    assert VerificationError.exit_code == 4
 
 
 @pytest.mark.parametrize("at", [(0, 0), (-1, -1)])
@@ -215,5 +215,5 @@ def test_exit_codes_and_one_line_for_each_mistake(
     wrong = Sample(toy.inputs(), {"y": np.zeros((3, 3), np.float32)})
     artifact.write(package, saved, graphs={"main": ""}, samples=[wrong], tolerance=1e-5)
     differs = moec(saved, "--check")
-    assert differs.returncode == 2
+    assert differs.returncode == 4
     assert "differs by" in differs.stderr

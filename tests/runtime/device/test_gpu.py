@@ -330,7 +330,7 @@ def test_no_driver_at_all(example: Example) -> None:
         pytest.skip("this machine has an NVIDIA driver")
     arguments = ["run", str(example.path), "--device", "cuda", "--check"]
     result = invoke(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code in (1, 2)
     assert "and there is no NVIDIA driver here (libcuda.so.1)" in result.output
 
 
