@@ -15,7 +15,7 @@ _SLOPE = 1 << 14
 """Elements by which a common factor of all is found."""
 _LEAST_COLUMN = 16
 """Rows of an expert by which a factor of a column is found."""
-_LEAST_ROW = 64
+LEAST_ROW = 64
 """Elements by which the noise of a row is known."""
 _LARGE = 1e30
 """Bounds of 16 bits are computed in float32, where values are less than this."""
@@ -68,7 +68,7 @@ class Bound:
         a, b, c = (tensor.reshape(-1)[:_SLOPE, None].double() for tensor in (actual, exact, noisy))
         finite = (a.isfinite() & b.isfinite() & c.isfinite())[:, 0]
         a, b, c = a[finite], b[finite], c[finite]
-        if len(b) < _LEAST_ROW or not b.any():
+        if len(b) < LEAST_ROW or not b.any():
             return 0.0, 1.0
         slopes = [self._slopes(a, b, c)]
         if exact.ndim == 2 and len(exact) >= _LEAST_COLUMN and finite.all():
@@ -97,7 +97,7 @@ class Bound:
 def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
     """The root mean square of each row's, or of some rows' where they are short."""
     axes = [deviation.ndim - 1] if deviation.ndim else []
-    while axes and axes[0] and math.prod(deviation.shape[a] for a in axes) < _LEAST_ROW:
+    while axes and axes[0] and math.prod(deviation.shape[a] for a in axes) < LEAST_ROW:
         axes.insert(0, axes[0] - 1)
     if not axes or not deviation.numel():
         return deviation

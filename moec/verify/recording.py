@@ -43,9 +43,8 @@ class KernelRecord:
 class Recording:
     """The calls of the functions of a package for CPUs. `experts` are the numbers of experts by the
     names of values that are choices of them: while `spread`, other choices take their place, of
-    each expert equally many. `complete` is that of the calls that follow. Of one that is not,
-    after the first of its function, the values are copied that `needs` names, by the kernels of
-    the first and the number of calls before; without `needs` all."""
+    each expert equally many. `complete` is that of the calls that follow. Of one that is not
+    the values are copied that `needs` names, by the first call and the number of those before."""
 
     package: Package
     experts: Mapping[str, int]
@@ -96,10 +95,10 @@ class Recording:
         result, call = kernel(*arguments), self.calls[-1]
         for index, value in site.results:
             if self._copies(value):
-                call.results[value] = _tensor(arguments[index]).clone()
+                call.results[value] = torch.utils.dlpack.from_dlpack(arguments[index]).clone()
             call.kernels[value] = name
             if self.spread and value in self.experts:
-                choices = _tensor(arguments[index])
+                choices = torch.utils.dlpack.from_dlpack(arguments[index])
                 choices.copy_(spread_choices(choices.shape, self.experts[value]))
                 call.replaced[value] = choices.clone()
         return result
@@ -109,7 +108,3 @@ def spread_choices(shape: Sequence[int], experts: int) -> torch.Tensor:
     """i64[.., k]: k different ones of `experts` for each token, each expert as often as others."""
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(0))
     return order[torch.arange(torch.Size(shape).numel()) % experts].reshape(tuple(shape))
-
-
-def _tensor(tensor: Any) -> torch.Tensor:
-    return torch.utils.dlpack.from_dlpack(tensor)

@@ -49,14 +49,9 @@ def replayed_as_is(program: Program, case: Case, chosen: Tensors) -> tuple[torch
     """The results in the dtypes of the graph."""
     inputs = with_states(program, case)
     weights = [program.weights[param.name] for param in program.graph.params]
-    fixed_values = _values(program.graph, inputs, chosen)
+    graph, fixed = program.graph, _values(program.graph, inputs, chosen)
+    precomputed = {v: fixed[v.name] for v in graph.values() if v.name in fixed}
     with torch.no_grad():
-        graph = program.graph
-        precomputed = {
-            value: fixed_values[value.name]
-            for value in graph.values()
-            if value.name in fixed_values
-        }
         return run_graph(graph, [*inputs, *weights], precomputed=precomputed)
 
 

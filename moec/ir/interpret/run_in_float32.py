@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ MEANING = 2e-4
 
 Tensors = Sequence[torch.Tensor]
 Results = tuple[torch.Tensor, ...]
+_ROWS = "aten.embedding.default"  # its rows are cast, and not all of its table
 _LOW, _WIDE = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 
 
@@ -75,8 +77,9 @@ def _runner(
                 narrow |= dict(zip(op.outputs, results, strict=True))
             else:
                 pairs = zip(op.inputs, wide_op.inputs, strict=True)
-                casts = {wider: wide(narrow[value]) for value, wider in pairs if value in narrow}
-                with dequantised_once():
+                read = {wider: narrow[value] for value, wider in pairs if value in narrow}
+                casts = read if op.name == _ROWS else {v: wide(t) for v, t in read.items()}
+                with dequantised_once(), InFloat32() if casts is read else nullcontext():
                     for values, sizes in each:
                         values |= casts
                         run_part(graph, range(index, index + 1), values, sizes)
@@ -169,6 +172,8 @@ class InFloat32(TorchDispatchMode):  # type: ignore[misc]
         if "_assert_tensor_metadata" in str(func):
             return None
         named = dict(kwargs or {})
+        if str(func) == _ROWS:
+            return wide(func(*args, **named))
         if schema_of(func).is_mutable:
             target = args[0] if args else None
             if isinstance(target, torch.Tensor) and target.dtype in _LOW:

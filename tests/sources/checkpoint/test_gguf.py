@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,8 @@ def test_values(kind, family, tmp_path):
     if kind not in STORED:
         return
     arranged = source.codes()
+    maps = Path("/proc/self/smaps").read_text().split("model.gguf\n")[1:]
+    assert all("Rss: 0 kB" in " ".join(part[:200].split()) for part in maps)  # it was given back
     assert not arranged.nearest
     for name, stored in arranged.stored.items():
         parts = stored.parts

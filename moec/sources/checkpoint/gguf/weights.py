@@ -50,7 +50,9 @@ class GgufWeights:
         return torch.from_numpy(dequantize(rows.flatten(-2).numpy(), kind)).view(tensor.shape)
 
     def codes(self, tensor: GgufTensor) -> Quantised:
-        return codes.read(tensor.type, self.rows(tensor))
+        stored = codes.read(tensor.type, self.rows(tensor))
+        self.maps[tensor.path].madvise(mmap.MADV_DONTNEED)  # what was read counts as memory
+        return stored
 
 
 def map_gguf(header: GgufHeader) -> GgufWeights:

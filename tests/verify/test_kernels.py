@@ -1,0 +1,46 @@
+"""One op whose kernel's output the test writes."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from moec.ir.formats.integer import quantise, round_rows
+from moec.ir.formats.notation import parse as format_of
+from moec.ir.graph import Program
+from moec.ir.interpret import run_in_float32
+from moec.ir.interpret.evaluate import evaluate
+from moec.ir.ops.experts import quantised_linear
+from moec.ir.text import parse
+from moec.verify.kernels import SAMPLES, ProgramParts, check_kernels
+from moec.verify.recording import KernelRecord
+
+TEXT = """graph main(x: f32[2, 20, 64]; y.codes: u8[96, 64], y.scales: bf16[96, 2]) {
+  y: f32[2, 20, 96] = nn.quantised_linear(x, y.codes, y.scales) <kind="int8">
+  return y
+}"""
+
+
+def test_only_rows_that_differ_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, x = quantise(format_of("int8:32"), torch.randn(1, 96, 64)), torch.randn(2, 20, 64)
+    program = Program(parse(TEXT), {"y.codes": stored.codes[0], "y.scales": stored.scales[0]})
+    (right,), spy = evaluate(program.graph, [x], program.weights), Mock(side_effect=round_rows)
+    monkeypatch.setattr(quantised_linear, "round_rows", spy)
+    for error, expected in ((0.0, [40, 40]), (9.0, [40, 40, *[1] * (SAMPLES - 1)])):
+        spy.reset_mock()
+        y = right + error * (torch.arange(40) == 27).view(2, 20, 1)
+        call = KernelRecord("main", {"x": x}, {"x": x.shape}, True, {"y": y}, {}, {"y": "k"})
+        checked = check_kernels(ProgramParts(program, frozenset({"y"})), [call])
+        assert (checked.wrong is None) == (error == 0)
+        assert [each.args[0].shape[:-1].numel() for each in spy.call_args_list] == expected
+
+
+def test_of_a_table_only_rows_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "graph main(x: i64[3]; w: bf16[9, 4]) {\n y: bf16[3, 4] = aten.embedding.default(w, x)\n"
+    table, ids, wide = torch.randn(9, 4).bfloat16(), torch.tensor([8, 0, 8]), run_in_float32.wide
+    monkeypatch.setattr(
+        run_in_float32, "wide", lambda t: pytest.fail("all") if t is table else wide(t)
+    )
+    run = run_in_float32.in_float32(Program(parse(f"{text} return y\n}}"), {"w": table}))
+    eager = run_in_float32.eager_in_float32(lambda i: (torch.nn.functional.embedding(i, table),))
+    assert all(torch.equal(rows, table[ids].float()) for rows in (*run([ids]), *eager(ids)))
