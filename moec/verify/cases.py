@@ -122,13 +122,8 @@ def least_sizes(graph: Graph) -> dict[str, int]:
 
 
 def odd_sizes(graph: Graph) -> dict[str, int]:
-    return _sizes(graph, _odd)
-
-
-def _odd(bounds: Bounds) -> int:
-    """A size within the bounds, 19 if possible: no multiple of a tile."""
-    high = bounds.high if bounds.high is not None else 19
-    return max(bounds.low, min(high, 19 if bounds.low <= 19 else bounds.low))
+    """19 for each, as far as its bounds allow: no multiple of a tile."""
+    return _sizes(graph, lambda b: max(b.low, 19 if b.high is None else min(b.high, 19)))
 
 
 def _sizes(graph: Graph, choose: Callable[[Bounds], int]) -> dict[str, int]:

@@ -206,6 +206,9 @@ def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
     for part in result if isinstance(result, tuple) else (result,):
         if fact is not NOTHING and isinstance(part, torch.Tensor):
             facts.note(part, truth=fact.truth, choice=fact.choice, high=fact.high)
+    cut = args[1:] if len(args) != 2 or not isinstance(args[1], tuple) else args[1]
+    if cut and all(isinstance(part, slice) for part in cut) and result.shape == args[0].shape:
+        facts.note(result, even=fact.even)
 
 
 def _moved(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:

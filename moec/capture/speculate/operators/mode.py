@@ -236,15 +236,16 @@ def unique(
 ) -> Any:
     """All classes, and with the counts those of all classes. Among all classes, the place of an id
     is the id. The proof shows that classes without rows add nothing."""
-    choice = trace.facts.of(ids).choice
-    if choice is None or dim is not None:
+    fact = trace.facts.of(ids)
+    classes = fact.choice.classes if fact.choice is not None else fact.even
+    if classes is None or dim is not None:
         return NotImplemented
     trace.reads[trace.at()] = None
-    results: list[Any] = [Hits(choice.classes)]
+    results: list[Any] = [Hits(classes)]
     if return_inverse:
-        results.append(trace.facts.note(ids.clone(), **vars(trace.facts.of(ids))))
+        results.append(trace.facts.note(ids.clone(), **vars(fact)))
     if return_counts:
-        results.append(counted(trace, ids, choice.classes))
+        results.append(counted(trace, ids, classes))
     return tuple(results) if len(results) > 1 else results[0]
 
 
