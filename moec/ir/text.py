@@ -283,8 +283,7 @@ class _Reader:
         if kind == "ref":
             return Ref(int(token[1:]))
         if kind == "size":
-            size = parse_dim(token[1:-1])
-            return size
+            return parse_dim(token[1:-1])
         if kind == "number" or token in ("inf", "nan"):
             number = float(token)
             return number if re.search(r"[.einfa]", token) or math.isinf(number) else int(token)

@@ -120,7 +120,6 @@ def _size_sources(
     """Additional values, read only for their sizes: one for each size that no input has."""
     used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
     known_sizes = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
-    more: list[Value] = []
-    for name in sorted(set(map(str, used)) - known_sizes):
-        more.append(next(v for v in available if any(str(dim) == name for dim in v.shape)))
+    names = sorted(set(map(str, used)) - known_sizes)
+    more = (next(v for v in available if name in map(str, v.shape)) for name in names)
     return list(dict.fromkeys(more))

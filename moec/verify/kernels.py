@@ -33,8 +33,8 @@ from moec.verify.bounds import LEAST_ROW, ROUNDING, SIGMAS, Bound
 from moec.verify.recording import KernelRecord
 
 SUMS = {True: 2.0**-18, False: 2.0**-21}
-"""The noise of operands, by whether the model has 16 bits: sums of some thousand terms in float32
-are off by as much as their operands by this."""
+"""The noise of operands, by whether the model has 16 bits: sums of 1,024 terms in float32 are off
+by as much as their operands by this."""
 SAMPLES = 128
 """How often choices among nearly equal values are drawn, where one differs."""
 _ROUTER_DTYPES = ("compute", "logits", "score_dtype", "choice_dtype")
@@ -42,6 +42,7 @@ _UNSORTING = ("moe.", "aten.index_put", "aten.index_add", "aten.scatter")
 """Ops whose rows are those of tokens again."""
 _CODES = dict.fromkeys(QUANTISED_OPS, 2.0**-12) | {"grouped.compressed": 2.0**-17}
 """The size of what a row's element does that rounds to another code, of 8 bits or of 16."""
+_PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "grouped.", "nn.")
 _NORMS = ("nn.rms_norm", "nn.add_norm", "nn.layer_norm")
 """Ops that may round once before the last time."""
 
@@ -310,7 +311,8 @@ def _check_part(
     end = part[-1]
     operands = parts.operands(part, call, sizes)
     exact = _run(part, {**weights, **operands}, sizes)
-    drawn = _run(part, {**weights, **operands}, sizes, _Noise(parts, 0))
+    growth = _growth(part)
+    drawn = _run(part, {**weights, **operands}, sizes, _Noise(parts, 0, growth))
     seeds = iter(range(1, SAMPLES))
     by_row = end.name == "nn.quantised_linear" and [*operands] == [*end.inputs[:1]]
     worst, names = 0.0, set()
@@ -337,11 +339,9 @@ def _check_part(
             narrow = by_row and rows is None and errors.shape[-1] >= LEAST_ROW
             at = (errors > 1).any(-1) if narrow else ...
             read = {value: tensor[at] for value, tensor in operands.items()}
-            sample = _run(part, {**weights, **read}, sizes, _Noise(parts, seed))[number]
-            other, before = (
-                bound.errors(actual[at], owned_part(sample, rows), noisy[at]),
-                errors[at],
-            )
+            sample = _run(part, {**weights, **read}, sizes, _Noise(parts, seed, growth))[number]
+            other = bound.errors(actual[at], owned_part(sample, rows), noisy[at])
+            before = errors[at]
             errors[at] = torch.minimum(before, torch.where(before.isinf(), before, other))
         error = float(errors.max()) if errors.numel() else 0.0
         why = _words(errors, actual, right) if error > 1 else ""
@@ -384,8 +384,9 @@ def _run(
 class _Noise:
     """Roundings, drawn at random."""
 
-    def __init__(self, parts: ProgramParts, seed: int) -> None:
+    def __init__(self, parts: ProgramParts, seed: int, growth: float) -> None:
         self._parts, self._seed = parts, seed
+        self._sums = SUMS[parts.is_low] * (1.0 if parts.is_low else growth)
         self._generator = torch.Generator().manual_seed(seed)
         self._params = set(parts.graph.params)
 
@@ -394,9 +395,7 @@ class _Noise:
         return InFloat32(size, self._seed) if size > SUMS[self._parts.is_low] else nullcontext()
 
     def on_operand(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
-        if value in self._params:
-            return tensor
-        return self._scaled(tensor, SUMS[self._parts.is_low])
+        return tensor if value in self._params else self._scaled(tensor, self._sums)
 
     def on_result(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
         dtype = self._parts.dtypes[value.name]
@@ -407,6 +406,13 @@ class _Noise:
             return tensor
         drawn = torch.randn(tensor.shape, generator=self._generator, dtype=tensor.dtype)
         return tensor * (1 + noise * drawn)
+
+
+def _growth(part: Sequence[Op]) -> float:
+    """By what to multiply noise on terms: roundings of a sum of K grow with K, it with the root."""
+    products = [op for op in part if op.name.startswith(_PRODUCTS)]
+    terms = [value.shape[-1] for op in products for value in op.inputs[:2] if value.shape]
+    return max([1.0, *(float((n / 1024) ** 0.5) for n in terms if isinstance(n, int))])
 
 
 def _stops(op: Op, call: KernelRecord) -> list[int]:

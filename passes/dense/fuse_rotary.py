@@ -237,9 +237,8 @@ def _with_rank(value: Value, x: Value, op: Op, b: Builder) -> Value:
 
 def _reshape(value: Value, to: TensorType, op: Op, b: Builder) -> Value:
     source = b.producers.get(value)
-    if source is not None and source.name == "aten.reshape.default":
-        if value.type != to:
-            value = source.inputs[0]
+    if source is not None and source.name == "aten.reshape.default" and value.type != to:
+        value = source.inputs[0]
     return b.reshape(value, to.shape, like=op)
 
 

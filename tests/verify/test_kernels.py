@@ -44,3 +44,18 @@ def test_of_a_table_only_rows_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_in_float32.in_float32(Program(parse(f"{text} return y\n}}"), {"w": table}))
     eager = run_in_float32.eager_in_float32(lambda i: (torch.nn.functional.embedding(i, table),))
     assert all(torch.equal(rows, table[ids].float()) for rows in (*run([ids]), *eager(ids)))
+
+
+@pytest.mark.parametrize(("off", "is_right"), [(0.0, True), (2e-4, False)])
+def test_a_long_sum_may_be_off_by_its_roundings(off: float, is_right: bool) -> None:
+    """By a kernel that adds 16,384 terms one after the other; one of its results may be wrong."""
+    torch.manual_seed(0)
+    types, y = "x: f32[8, 16384]; w: f32[64, 16384]", torch.zeros(8, 64)
+    text = f"graph main({types}) {{\n  y: f32[8, 64] = aten.linear.default(x, w)\n  return y\n}}"
+    x, w = torch.randn(8, 16_384), torch.randn(64, 16_384)
+    for column in range(16_384):
+        y += x[:, None, column] * w[:, column]
+    y[0, 0] += off * y.std()
+    call = KernelRecord("main", {"x": x}, {"x": x.shape}, True, {"y": y}, {}, {"y": "k"})
+    checked = check_kernels(ProgramParts(Program(parse(text), {"w": w}), frozenset({"y"})), [call])
+    assert (checked.wrong is None) == is_right

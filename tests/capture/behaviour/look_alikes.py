@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from tests.capture.behaviour.modules import EXPERTS, TOP_K, WIDTH, Layer
+from tests.capture.behaviour.modules import EXPERTS, TOP_K, Layer
 
 
 class LookAlike(Layer):
@@ -52,10 +51,6 @@ class Threshold(LookAlike):
         return weights * (weights > self.bound), ids
 
 
-class RareThreshold(Threshold):
-    bound = 1e-3
-
-
 class ClampedLogits(LookAlike):
     def logits(self, flat: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.gate(flat).clamp(-8, 8)
@@ -68,12 +63,6 @@ class RoundedWeights(LookAlike):
     def weigh(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = super().weigh(logits)
         return (weights * self.steps).round() / self.steps, ids
-
-
-class WeightsInBfloat16(LookAlike):
-    def weigh(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = super().weigh(logits)
-        return weights.bfloat16().float(), ids
 
 
 class LateCapacity(LookAlike):
@@ -97,12 +86,6 @@ class ClampedOutput(LookAlike):
         return out.clamp(-30, 30)
 
 
-class Noise(LookAlike):
-    def logits(self, flat: torch.Tensor) -> torch.Tensor:
-        logits = super().logits(flat)
-        return logits + 1e-3 * torch.randn_like(logits)
-
-
 class Growing(LookAlike):
     """The result grows with the token's number."""
 
@@ -120,26 +103,6 @@ class WrongBeyond(LookAlike):
 
 class WrongFarBeyond(WrongBeyond):
     row = 300
-
-
-class HalfOfSomeLengths(LookAlike):
-    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        return 0.5 * out if 100 < len(out) < 180 else out
-
-
-class HalfOfManyElements(LookAlike):
-    """No length of the proof but that of the code is between these numbers."""
-
-    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        first = 4500 * WIDTH
-        return 0.5 * out if first < flat.numpy().size <= first + 200 * WIDTH else out
-
-
-class HalfFarBeyond(LookAlike):
-    """Where the number comes from cannot be seen."""
-
-    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        return 0.5 * out if len(out) > int("21345") else out
 
 
 class OneTokenAlone(LookAlike):
@@ -161,17 +124,3 @@ class TokensMeetInTheRouter(LookAlike):
     def logits(self, flat: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.gate(flat - flat.mean(0))
         return result
-
-
-class OtherExpert(LookAlike):
-    """One of the experts has another activation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts[2][1] = nn.GELU()
-
-
-class TinyThreshold(Threshold):
-    """Below the tolerance: proved, and the report names what was not seen."""
-
-    bound = 1e-5
