@@ -1,0 +1,153 @@
+"""Every MoE model type of the installed transformers, small and with random weights, compiled.
+
+    python -m benchmarks.models.families [TYPE ..] [--seconds 300] [--record FILE]
+
+Each type is compiled and verified in float32 in a process of its own, from token ids alone, also
+where it takes images or sounds. A language model then continues a prompt of 7 tokens by 40; the
+text is compared with transformers' own greedy text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import moec
+from benchmarks.models.small_config import small_config
+from benchmarks.records import Cell, add_record_options, record_if_asked
+from moec.errors import InputError, MoecError
+
+MODELS = Path(transformers.__file__).parent / "models"
+EXPERTS = re.compile(r"^class \w*(Experts|MoE|Moe|TopKRouter|TopkRouter)\w*\(nn", re.MULTILINE)
+CLASSES = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_MAPPING_NAMES,
+)
+OTHERS = ("vision", "audio", "sam", "code_predictor")
+"""Parts of composite models that have no experts."""
+TOKENS = range(9, 150)
+"""Ids of text: smaller and greater ones mark images in some small configs."""
+
+
+def moe_types() -> Iterator[str]:
+    """The types whose file of transformers defines experts or a router of tokens."""
+    folders = {
+        path.parent.name
+        for path in MODELS.glob("*/modeling_*.py")
+        if EXPERTS.search(path.read_text(encoding="utf-8"))
+    }
+    for name in CONFIG_MAPPING:
+        folder = CONFIG_MAPPING[name].__module__.split(".")[2]
+        if folder in folders and not any(other in name for other in OTHERS):
+            yield name
+
+
+def build(name: str) -> torch.nn.Module:
+    """A small model of that type, whose norms and biases are random too."""
+    classes = next((each[name] for each in CLASSES if name in each), None)
+    if classes is None:
+        raise ValueError("transformers has no model class for it that takes tokens")
+    torch.manual_seed(0)
+    first = classes if isinstance(classes, str) else classes[0]
+    model: torch.nn.Module = getattr(transformers, first)(small_config(CONFIG_MAPPING[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.eval()
+
+
+def cpu_seconds() -> float:
+    each = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in each)
+
+
+def text_of(compiled: moec.CompiledModel, model: torch.nn.Module) -> str:
+    """Whether 40 tokens are those of transformers."""
+    ids = torch.randint(TOKENS.start, TOKENS.stop, (1, 7))
+    try:
+        ours = np.asarray(compiled.generate(ids.numpy(), max_new_tokens=40)).ravel()[-40:]
+    except InputError:
+        return "no logits"
+    generate = getattr(model, "generate")  # noqa: B009
+    right = generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return "equal" if ours.tolist() == right[0, 7:].tolist() else "differs"
+
+
+def compile_type(name: str) -> dict[str, Cell]:
+    """The row of a type."""
+    row: dict[str, Cell] = {"type": name, "compiles": "no", "routers": "", "text": "", "note": ""}
+    try:
+        model = build(name)
+    except Exception as error:  # whatever transformers raises for a config that it has no use for
+        return {**row, "note": f"not tried: {str(error).splitlines()[0]}"}
+    row["class"] = type(model).__name__
+    inputs = {"input_ids": torch.randint(TOKENS.start, TOKENS.stop, (2, 7)), "use_cache": False}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.randint(TOKENS.start, TOKENS.stop, (2, 7))
+    start = cpu_seconds()
+    try:
+        compiled = moec.compile(model, (), inputs)
+    except MoecError as error:
+        first = " ".join(str(error).splitlines()[:2])
+        return {**row, "CPU s": round(cpu_seconds() - start, 1), "note": first}
+    row["CPU s"] = round(cpu_seconds() - start, 1)
+    routers = Counter(block.router for block in compiled.blocks)
+    row["routers"] = "; ".join(f"{count} x {router}" for router, count in routers.items())
+    checked = compiled.checked
+    if checked is not None and checked.notes:
+        row["note"] = checked.notes[0]
+    return {**row, "compiles": "yes", "text": text_of(compiled, model)}
+
+
+def measured(name: str, seconds: float) -> dict[str, Cell]:
+    """The row of a type, made in another process."""
+    words = [sys.executable, "-m", "benchmarks.models.families", "--one", name]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"type": name, "compiles": "no", "note": f"not done after {seconds:.0f} s"}
+    last = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        return {"type": name, "compiles": "no", "note": f"the process ended: {last[:200]}"}
+    row: dict[str, Cell] = json.loads(last)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=300.0, help="the most for one type")
+    add_record_options(parser, "not named")
+    options = parser.parse_args()
+    if options.one:
+        torch.set_num_threads(1)
+        print(json.dumps(compile_type(options.one)))
+        return
+    rows = []
+    for name in options.types or moe_types():
+        rows.append(measured(name, options.seconds))
+        print(json.dumps(rows[-1]), flush=True)
+    conditions = f"transformers {transformers.__version__}; one thread"
+    record_if_asked(options, "families", "", rows, conditions)
+
+
+if __name__ == "__main__":
+    main()
