@@ -158,9 +158,8 @@ def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
 def _undo_free_views(graph: Graph, all_groups: list[FusionGroup]) -> None:
     """Makes views of stored values separate groups: they are free, unlike a copy in a loop. Changes
     `all_groups`."""
-    stored = {v for v in (*graph.inputs, *graph.params)}
-    for group in all_groups:
-        stored.update(group.root.outputs)
+    stored = {*graph.inputs, *graph.params}
+    stored.update(v for group in all_groups for v in group.root.outputs)
     group_of: dict[Op, FusionGroup] = {group.root: group for group in all_groups}
     for op in graph.ops:
         rule = EMIT.get(op.name)

@@ -47,11 +47,10 @@ def kernel(
     `s_tir`: the loops bind threads of a GPU, and `target` is the CPU that launches them.
     """
     frame = KernelFrame()
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=s_tir):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            yield frame
+    with IRBuilder() as builder, T.prim_func(s_tir=s_tir):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        yield frame
     frame.function = _importing(builder.get(), target)
 
 

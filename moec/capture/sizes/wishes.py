@@ -25,9 +25,7 @@ def default_axes(tensor: torch.Tensor) -> Axes:
     return {axis: TorchDim.AUTO for axis in range(free)}
 
 
-def default_wishes(
-    tensors: Sequence[torch.Tensor],
-) -> tuple[list[Axes], list[tuple[int, int]]]:
+def default_wishes(tensors: Sequence[torch.Tensor]) -> tuple[list[Axes], list[tuple[int, int]]]:
     """(wishes, last): `default_axes` of each tensor, and pairs (number of the tensor, axis) of last
     axes that vary only where they share a size with another tensor.
 

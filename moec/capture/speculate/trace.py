@@ -290,6 +290,9 @@ def _sizes(tensors: Sequence[torch.Tensor]) -> dict[Any, Any]:
 def _without_assertions(exported: ExportedProgram) -> ExportedProgram:
     """Removes assertions of the graph: what was assumed is proved instead."""
     graph = exported.graph
+    for node in graph.nodes:  # torch forgets users as it inlines a region of no_grad
+        for operand in node.all_input_nodes:
+            operand.users.setdefault(node)
     for node in reversed(list(graph.nodes)):
         if any(part in str(node.target) for part in _ASSERTIONS) and not node.users:
             graph.erase_node(node)

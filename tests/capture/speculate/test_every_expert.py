@@ -105,3 +105,37 @@ def test_a_branch_that_data_could_take_is_refused(
 ) -> None:
     with pytest.raises(CaptureError, match=r"seen to go one way only|what it reads"):
         capture(Every(dispatch).eval(), (torch.randn(6, D),))
+
+
+class HitsWithoutGradient(nn.Module):
+    """As transformers writes it, but for one class more than there are experts in some."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes, self.router = classes, nn.Linear(D, E, bias=False)
+        self.up = nn.Parameter(torch.randn(E * D, D))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores, ids = self.router(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        with torch.no_grad():
+            mask = nn.functional.one_hot(ids, num_classes=self.classes).permute(2, 1, 0)
+            hits = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+        for hit in hits:
+            expert = hit[0]
+            with torch.no_grad():
+                slots, tokens = torch.where(mask[expert])
+            rows = (x[tokens] @ self.up.view(E, D, D)[expert]).relu()
+            out.index_add_(0, tokens, rows * scores[tokens, slots, None])
+        return out
+
+
+@pytest.mark.parametrize("classes", [E, E + 1])
+def test_experts_that_are_hit_may_be_listed_without_gradient(classes: int) -> None:
+    """torch forgets uses where it inlines the region of no_grad, and DBRX was refused."""
+    module = HitsWithoutGradient(classes).eval()
+    captured = capture(module, (torch.randn(5, D),))
+    for tokens in (0, 1, 7):
+        x = torch.randn(tokens, D)
+        (result,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        torch.testing.assert_close(result, module(x))
