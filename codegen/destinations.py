@@ -11,14 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 ATTRIBUTE = "moec.destinations"
 """Attribute of a Relax function: for each argument that is memory of a result, the index of the
 result and that of the argument."""
 
 _ALLOCATION = tvm.ir.Op.get("relax.builtin.alloc_tensor")
-_RESHAPE = tvm.ir.Op.get("relax.reshape")
+
+
+def reshape(value: relax.Expr, shape: relax.ShapeExpr) -> relax.Expr:
+    empty = any(isinstance(size, tirx.IntImm) and not size.value for size in shape.values)
+    # To TVM's reshape, a 0 is the size that the value has at that axis.
+    return (relax.op.memory.view if empty else relax.op.reshape)(value, shape)
 
 
 def in_destinations(module: tvm.IRModule) -> tvm.IRModule:
@@ -54,7 +59,7 @@ def _binding(binding: Any, memory: dict[Any, relax.Var]) -> Any:
     if binding.var not in memory:
         return binding
     argument, shape = memory[binding.var], binding.value.args[0]
-    return relax.VarBinding(binding.var, relax.op.reshape(argument, shape))
+    return relax.VarBinding(binding.var, reshape(argument, shape))
 
 
 def _allocated(result: relax.Expr, bindings: Any) -> relax.Var:

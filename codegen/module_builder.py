@@ -14,6 +14,7 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
 
+from moec.codegen.destinations import reshape
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.loop_kernel import LoopKernel, describe
 from moec.codegen.loops import scalars as sc
@@ -185,7 +186,7 @@ class Lowering:
         key = (base, to)
         if key not in self.views:
             shape = relax.ShapeExpr(self.type(to).shape.values)
-            view = base if _same_shape(base, shape) else self.builder.emit(_reshape(base, shape))
+            view = base if _same_shape(base, shape) else self.builder.emit(reshape(base, shape))
             self.views[key] = view
             self.bases[view] = base
         return self.views[key]
@@ -212,12 +213,6 @@ class Lowering:
         arguments += [self.sizes.variables[now[size]] for size in free]
         self.noted = [*group.ops]
         return self.call(function, arguments, [v.type for v in root.outputs])
-
-
-def _reshape(value: relax.Expr, shape: relax.ShapeExpr) -> relax.Expr:
-    empty = any(isinstance(size, tirx.IntImm) and not size.value for size in shape.values)
-    # To TVM's reshape, a 0 is the size that the value has at that axis.
-    return (relax.op.memory.view if empty else relax.op.reshape)(value, shape)
 
 
 def _same_shape(value: relax.Expr, shape: relax.ShapeExpr) -> bool:

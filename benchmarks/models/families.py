@@ -10,6 +10,7 @@ text is compared with transformers' own greedy text.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import resource
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -57,14 +59,27 @@ def moe_types() -> Iterator[str]:
             yield name
 
 
+def model_class(name: str, of: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The class that the auto classes have for a type, or of its file, that which has its config.
+    Raises ValueError where there is none."""
+    names = next((each[name] for each in CLASSES if name in each), "")
+    module = importlib.import_module(of.__module__.replace("configuration_", "modeling_"))
+    models = [each for each in vars(module).values() if isinstance(each, type)]
+    models = [each for each in models if getattr(each, "config_class", None) is of]
+    models.sort(key=lambda each: not each.__name__.endswith("TextModel"))
+    first = names if isinstance(names, str) else names[0]
+    if first:
+        return getattr(transformers, first)
+    if not models:
+        raise ValueError("transformers has no model class for it")
+    return models[0]
+
+
 def build(name: str) -> torch.nn.Module:
     """A small model of that type, whose norms and biases are random too."""
-    classes = next((each[name] for each in CLASSES if name in each), None)
-    if classes is None:
-        raise ValueError("transformers has no model class for it that takes tokens")
+    config = small_config(CONFIG_MAPPING[name])
     torch.manual_seed(0)
-    first = classes if isinstance(classes, str) else classes[0]
-    model: torch.nn.Module = getattr(transformers, first)(small_config(CONFIG_MAPPING[name]))
+    model: torch.nn.Module = model_class(name, type(config))(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -78,15 +93,15 @@ def cpu_seconds() -> float:
 
 
 def text_of(compiled: moec.CompiledModel, model: torch.nn.Module) -> str:
-    """Whether 40 tokens are those of transformers."""
+    """Whether 40 tokens, or those before an end token, are those of transformers."""
     ids = torch.randint(TOKENS.start, TOKENS.stop, (1, 7))
     try:
-        ours = np.asarray(compiled.generate(ids.numpy(), max_new_tokens=40)).ravel()[-40:]
+        ours = np.asarray(compiled.generate(ids.numpy(), max_new_tokens=40)).ravel()[7:]
     except InputError:
         return "no logits"
     generate = getattr(model, "generate")  # noqa: B009
     right = generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return "equal" if ours.tolist() == right[0, 7:].tolist() else "differs"
+    return "equal" if ours.tolist() == right[0, 7 : 7 + len(ours)].tolist() else "differs"
 
 
 def compile_type(name: str) -> dict[str, Cell]:

@@ -88,6 +88,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DeepseekV2Config": {"n_group": 1, "topk_group": 1},
     "DogeConfig": {"is_moe": True, "num_experts": 16},
     "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [32, 16], **_rope(3, 3, 2)},
+    "Gemma4TextConfig": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2},
     "Glm4vMoeTextConfig": _rope(2, 1, 1, partial_rotary_factor=0.5),
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "HYV4VLTextConfig": _rope(2, 1, 1),
@@ -125,6 +126,8 @@ def _fields(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if name == "num_hidden_layers" and value:
             yield name, max(map(len, lists.values()), default=2)
+        elif name == "mlp_only_layers" and value:
+            yield name, []
         elif latent and name == "head_dim":
             continue  # of multi-head latent attention, the part that rotates
         elif name == "num_key_value_heads" and (

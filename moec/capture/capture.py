@@ -27,14 +27,7 @@ from moec.capture.sizes.guards import CaptureForm
 from moec.capture.sizes.least_sizes import LeastSizes
 from moec.capture.sizes.settle import settled
 from moec.capture.sizes.sides import sizes_beyond, with_other_sides
-from moec.capture.sizes.widen import (
-    Widened,
-    at_lengths,
-    excluded,
-    fixed_at_one,
-    refuted,
-    widen,
-)
+from moec.capture.sizes.widen import Widened, at_lengths, excluded, fixed_at_one, refuted, widen
 from moec.capture.speculate import SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,

@@ -33,12 +33,7 @@ from moec.capture.request import CaptureRequest
 from moec.capture.sizes.fixed_axes import causes
 from moec.capture.sizes.guards import CaptureForm, ConvertedExport, guards_of
 from moec.capture.sizes.widen import Widened
-from moec.capture.speculate import (
-    SpeculatedForm,
-    masked,
-    refuse_random,
-    speculate,
-)
+from moec.capture.speculate import SpeculatedForm, masked, refuse_random, speculate
 from moec.ir.interpret.outputs import Structure
 
 Example = tuple[torch.Tensor, ...]

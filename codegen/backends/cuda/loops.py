@@ -241,6 +241,8 @@ class GridEmission(Emission):
     ) -> None:
         """Runs body(position, lane) at every position, in each of `lanes` threads."""
         live = [axis for axis, dim in enumerate(shape) if dim != 1]
+        if 0 in shape:
+            return
         if not live:
             with T.launch_thread("blockIdx.x", 1), T.launch_thread("threadIdx.x", lanes) as lane:
                 with self.scope():

@@ -18,9 +18,7 @@ from moec.ir.sizes.thresholds import violated
 
 
 def evaluate(
-    graph: Graph,
-    inputs: Sequence[torch.Tensor],
-    weights: Mapping[str, torch.Tensor] | None = None,
+    graph: Graph, inputs: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, ...]:
     """`graph.results` for `inputs` (states' contents last) and `weights` by param name.
 

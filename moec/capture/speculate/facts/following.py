@@ -207,7 +207,8 @@ def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
         if fact is not NOTHING and isinstance(part, torch.Tensor):
             facts.note(part, truth=fact.truth, choice=fact.choice, high=fact.high)
     cut = args[1:] if len(args) != 2 or not isinstance(args[1], tuple) else args[1]
-    if cut and all(isinstance(part, slice) for part in cut) and result.shape == args[0].shape:
+    sliced = fact.even is not None and cut and all(isinstance(part, slice) for part in cut)
+    if sliced and result.shape == args[0].shape:  # sizes that are compared are a guard
         facts.note(result, even=fact.even)
 
 
