@@ -230,6 +230,10 @@ class RegionEmitter:
         return self("aten.stack.default", values, [target], attrs=attrs)[0]
 
 
+Recipe = Callable[[RegionEmitter], Value]
+"""Emits one value of the new graph, computed from values of the old graph."""
+
+
 def replacement(
     scope: Scope, at: Op, cut: Sequence[Value], emit: Callable[[RegionEmitter], Value]
 ) -> Graph:
@@ -256,7 +260,7 @@ def replacement(
     return Graph(tuple(cut), params, ops, (y,), (), scope.graph.bounds)
 
 
-def replaced(graph: Graph, emits: Mapping[Op, Callable[[RegionEmitter], Value]]) -> Graph:
+def replaced(graph: Graph, emits: Mapping[Op, Recipe]) -> Graph:
     """The graph in which each op of `emits`, which has one result, is replaced by what is emitted
     for it."""
     if not emits:

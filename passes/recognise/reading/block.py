@@ -10,10 +10,7 @@ from moec.ir.sizes.dims import Dim, product
 from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.reading.body import Prepared, canonical, with_columns
 from moec.passes.recognise.reading.shared_rows import side_by_side
-from moec.passes.recognise.region import RegionEmitter
-
-Recipe = Callable[[RegionEmitter], Value]
-"""Emits one value of the new graph, computed from values of the old graph."""
+from moec.passes.recognise.region import Recipe, RegionEmitter
 
 
 def keep_value(value: Value) -> Recipe:

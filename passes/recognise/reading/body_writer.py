@@ -13,7 +13,6 @@ from typing import cast
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
-from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.body import ROWS
 from moec.passes.recognise.reading.layout import (
     Atom,
@@ -23,7 +22,25 @@ from moec.passes.recognise.reading.layout import (
     only_features,
     size_of,
 )
-from moec.passes.recognise.region import RegionEmitter
+from moec.passes.recognise.region import Recipe, RegionEmitter
+
+
+@dataclass(frozen=True)
+class Fan:
+    """The results of `body` of each expert over the rows `x`, concatenated.
+
+    `one_expert_per_row`: each row goes through one expert, and the results are in the order of the
+    rows, possibly with other axes. Otherwise every row goes through every expert.
+    """
+
+    x: Value
+    body: Graph
+    stacks: tuple[Recipe, ...]
+    experts: int
+    axes: tuple[Axis, ...]  # of the result of one branch
+    uses: dict[str, list[Value]]
+    one_expert_per_row: bool
+    split: Op | None = None  # splits x by expert into parts whose sizes depend on data
 
 
 @dataclass(frozen=True)
@@ -139,10 +156,7 @@ class BodyWriter:
 
     def matrix(self, weight: ExpertLayout, columns: Sequence[Atom], inner: Axis) -> Value:
         """The weight [N, K] of one expert, as a param of the body."""
-        sizes = (
-            product(tuple(a.size for a in columns)),
-            product(tuple(a.size for a in inner)),
-        )
+        sizes = (product(tuple(a.size for a in columns)), product(tuple(a.size for a in inner)))
         return self.one(weight, (*columns, *inner), sizes)
 
     def slice_of(
@@ -188,11 +202,7 @@ class BodyWriter:
         return param
 
     def inline(
-        self,
-        source: ExpertLayout,
-        body: Graph,
-        stacks: Sequence[Recipe],
-        axes: tuple[Axis, ...],
+        self, source: ExpertLayout, body: Graph, stacks: Sequence[Recipe], axes: tuple[Axis, ...]
     ) -> ExpertLayout:
         """Copies a body that was read separately into this one. `axes` contains one feature
         axis."""

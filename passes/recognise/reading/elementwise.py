@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
@@ -21,19 +21,12 @@ from moec.passes.recognise.reading.layout import (
     size_of,
 )
 from moec.passes.recognise.reading.opnames import MULTIPLY, PICKS, PRODUCTS
-from moec.passes.recognise.reading.row_wise import (
-    at_line,
-    check_numbers,
-    counting,
-    not_row_wise,
-)
+from moec.passes.recognise.reading.reader import BlockReader
+from moec.passes.recognise.reading.row_wise import at_line, check_numbers, counting, not_row_wise
 from moec.passes.recognise.reading.shared_rows import with_shared_rows
 
-if TYPE_CHECKING:
-    from moec.passes.recognise.reading.rows import Reader
 
-
-def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
+def across(reader: BlockReader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     """Reductions and softmax: over features they become ops of the body; a sum over rows becomes
     part of the combine."""
     if source.param:
@@ -74,7 +67,7 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     return replace(plain, base=base, atoms=atoms, axes=tuple(result_axes))
 
 
-def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
+def norm(reader: BlockReader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     """nn.rms_norm over the last axis, written as element-wise ops: its gain may differ per
     expert."""
     if source.param:
@@ -108,7 +101,7 @@ def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     return replace(plain, base=as_dtype(y, dtype), applied=source.applied or gain is not None)
 
 
-def layer_norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
+def layer_norm(reader: BlockReader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     """aten.layer_norm over the last axis, whose weight and bias may differ per expert."""
     if source.param:
         return None
@@ -123,7 +116,7 @@ def layer_norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | N
     return replace(plain, base=base, applied=source.applied or bool(affine))
 
 
-def _norm_weight(reader: Reader, value: Value) -> Value:
+def _norm_weight(reader: BlockReader, value: Value) -> Value:
     """One expert's slice of a weight of a norm."""
     layout = reader.read(value)
     if layout is None or not layout.param:
@@ -131,7 +124,7 @@ def _norm_weight(reader: Reader, value: Value) -> Value:
     return reader.writer.slice_of(layout, [layout.axes[-1]], [0], [0])
 
 
-def cat(reader: Reader, op: Op) -> ExpertLayout | None:
+def cat(reader: BlockReader, op: Op) -> ExpertLayout | None:
     layouts = [reader.read(v) for v in op.inputs]
     rows = [la for la in layouts if la is not None and not la.param]
     if not rows:
@@ -157,7 +150,7 @@ def cat(reader: Reader, op: Op) -> ExpertLayout | None:
     return replace(ready[0], base=base, atoms=atoms, axes=axes)
 
 
-def pointwise(reader: Reader, op: Op) -> ExpertLayout | None:
+def pointwise(reader: BlockReader, op: Op) -> ExpertLayout | None:
     layouts = [reader.read(v) for v in op.inputs]
     rows = [la for la in layouts if la is not None and not la.param]
     if not rows:
@@ -181,7 +174,7 @@ def pointwise(reader: Reader, op: Op) -> ExpertLayout | None:
 
 
 def join_layouts(
-    reader: Reader,
+    reader: BlockReader,
     name: str,
     attrs: Mapping[str, Attr],
     layouts: Sequence[ExpertLayout],
@@ -225,7 +218,7 @@ def join_layouts(
     )
 
 
-def joined(reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None]) -> NoMatch:
+def joined(reader: BlockReader, op: Op, layouts: Sequence[ExpertLayout | None]) -> NoMatch:
     """The refusal of an op that joins rows with something that is no rows of the expert."""
     for value in (v for v, la in zip(op.inputs, layouts, strict=True) if la is None):
         pick = reader.scope.made_by(value, *PICKS)
@@ -240,7 +233,10 @@ def joined(reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None]) -> No
 
 
 def weighting(
-    reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None], rows: Sequence[ExpertLayout]
+    reader: BlockReader,
+    op: Op,
+    layouts: Sequence[ExpertLayout | None],
+    rows: Sequence[ExpertLayout],
 ) -> ExpertLayout:
     """Rows multiplied by routing weights, or selected by a mask."""
     if len(rows) != 1 or any(la is not None and la.param for la in layouts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Op, TensorType, Value
@@ -17,12 +17,10 @@ from moec.passes.recognise.reading.layout import (
     size_of,
 )
 from moec.passes.recognise.reading.opnames import SCATTERS
-
-if TYPE_CHECKING:
-    from moec.passes.recognise.reading.rows import Reader
+from moec.passes.recognise.reading.reader import BlockReader
 
 
-def index(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
+def index(reader: BlockReader, op: Op, source: ExpertLayout) -> ExpertLayout:
     """Rows, or the weights of experts, gathered by ids."""
     shape = op.outputs[0].shape
     if op.name == "aten.index.Tensor":
@@ -51,7 +49,7 @@ def index(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
     return replace(source, axes=(*axes[: dims[0]], *new, *axes[dims[-1] + 1 :]))
 
 
-def gather(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
+def gather(reader: BlockReader, op: Op, source: ExpertLayout) -> ExpertLayout:
     dim = cast(int, op.attrs["dim"]) % len(source.axes)
     if source.param or not only_rows(source.axes[dim]):
         raise NoMatch("a gather picks features")
@@ -62,7 +60,7 @@ def gather(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
     return replace(source, axes=tuple(axes))
 
 
-def put(reader: Reader, op: Op) -> ExpertLayout | None:
+def put(reader: BlockReader, op: Op) -> ExpertLayout | None:
     """Rows written into zeros, or added into any value, which is then the block's addend."""
     values = op.inputs[-1]
     layout = reader.read(values)
@@ -84,7 +82,7 @@ def put(reader: Reader, op: Op) -> ExpertLayout | None:
     return replace(layout, axes=(*rows, *features), reduced=adds and layout.applied)
 
 
-def _column(reader: Reader, op: Op, index: Value) -> Value:
+def _column(reader: BlockReader, op: Op, index: Value) -> Value:
     """The row indices [n, 1] behind an index [n, D] that repeats them along the features."""
     spread = reader.scope.made_by(index, "aten.expand.default", "aten.repeat.default")
     if op.attrs.get("dim", 0) != 0 or spread is None or spread.inputs[0].shape[-1] != 1:
@@ -92,7 +90,7 @@ def _column(reader: Reader, op: Op, index: Value) -> Value:
     return spread.inputs[0]
 
 
-def part(reader: Reader, op: Op, source: ExpertLayout | None) -> Sequence[ExpertLayout | None]:
+def part(reader: BlockReader, op: Op, source: ExpertLayout | None) -> Sequence[ExpertLayout | None]:
     """Slice, select and split along a feature axis."""
     if source is None:
         return [None] * len(op.outputs)

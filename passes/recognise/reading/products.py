@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from moec.errors import NoMatch
 from moec.ir.graph import Op, TensorType, Value
@@ -19,14 +19,12 @@ from moec.passes.recognise.reading.layout import (
     only_rows,
 )
 from moec.passes.recognise.reading.opnames import GROUPED
+from moec.passes.recognise.reading.reader import BlockReader
 from moec.passes.recognise.reading.row_wise import not_row_wise
 from moec.passes.recognise.region import chooses
 
-if TYPE_CHECKING:
-    from moec.passes.recognise.reading.rows import Reader
 
-
-def product(reader: Reader, op: Op) -> ExpertLayout | None:
+def product(reader: BlockReader, op: Op) -> ExpertLayout | None:
     name = op.name
     bias: Value | None = None
     left, right = op.inputs[0], op.inputs[1]
@@ -74,7 +72,7 @@ def product(reader: Reader, op: Op) -> ExpertLayout | None:
 
 
 def linear(
-    reader: Reader, op: Op, source: ExpertLayout, weight: ExpertLayout, rows_left: bool
+    reader: BlockReader, op: Op, source: ExpertLayout, weight: ExpertLayout, rows_left: bool
 ) -> ExpertLayout:
     a, w = source.axes, weight.axes
     turned = op.name == "aten.linear.default"
@@ -136,7 +134,7 @@ def linear(
 
 
 def mix(
-    reader: Reader, op: Op, sides: Sequence[ExpertLayout | None], values: Sequence[Value]
+    reader: BlockReader, op: Op, sides: Sequence[ExpertLayout | None], values: Sequence[Value]
 ) -> ExpertLayout:
     """Rows gathered or summed by a product with masks or routing weights."""
     which = 0 if sides[0] is not None else 1

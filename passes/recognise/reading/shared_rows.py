@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Ref, TensorType, Value
@@ -19,14 +19,12 @@ from moec.ir.traits import VIEWS
 from moec.passes.recognise.reading.body import ROWS
 from moec.passes.recognise.reading.layout import Atom, ExpertLayout, regroup
 from moec.passes.recognise.reading.opnames import PICKS, PRODUCTS
+from moec.passes.recognise.reading.reader import BlockReader
 from moec.passes.recognise.region import RegionEmitter
-
-if TYPE_CHECKING:
-    from moec.passes.recognise.reading.rows import Reader
 
 
 def with_shared_rows(
-    reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None]
+    reader: BlockReader, op: Op, layouts: Sequence[ExpertLayout | None]
 ) -> list[ExpertLayout | None]:
     """The layouts of the op's inputs, in which rows of a shared product are rows of the expert."""
     width = op.outputs[0].shape[-1:]
@@ -36,7 +34,7 @@ def with_shared_rows(
     ]
 
 
-def _read(reader: Reader, value: Value) -> ExpertLayout | None:
+def _read(reader: BlockReader, value: Value) -> ExpertLayout | None:
     source = shared_product(reader, value)
     if source is None or reader.x is None or not isinstance(source.shape[-1], int):
         return None
@@ -57,7 +55,7 @@ def _read(reader: Reader, value: Value) -> ExpertLayout | None:
     return reader.read(value)
 
 
-def shared_product(reader: Reader, value: Value) -> Value | None:
+def shared_product(reader: BlockReader, value: Value) -> Value | None:
     """The product outside of the branch, or a view of it, whose rows `value` picks with the
     order of the expert's rows; None if `value` has other rows."""
     scope, order = reader.scope, reader.uses.get("order", [])

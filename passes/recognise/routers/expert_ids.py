@@ -12,10 +12,10 @@ from moec.ir.index_uses import REQUIRE, IndexUse, index_uses
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, CHOICES, VIEWS, rounds_doubles
 from moec.passes.proof.input_generators import Feed, Ids, InputKind
-from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.reading.opnames import PICKS
 from moec.passes.recognise.region import (
+    Recipe,
     RegionEmitter,
     Scope,
     choices,

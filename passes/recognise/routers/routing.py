@@ -14,9 +14,9 @@ from moec.errors import NoMatch
 from moec.ir.graph import Value
 from moec.ir.sizes.dims import product
 from moec.passes.proof.input_generators import Feed
-from moec.passes.recognise.reading.block import Recipe, RecognisedCapacity
+from moec.passes.recognise.reading.block import RecognisedCapacity
 from moec.passes.recognise.reading.layout import divide
-from moec.passes.recognise.region import Scope, choices
+from moec.passes.recognise.region import Recipe, Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.expert_ids import Chosen, are_of_rows, chosen, masks
 from moec.passes.recognise.routers.region_boundary import capacities, counts_slots, cuts

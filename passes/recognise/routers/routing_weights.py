@@ -11,9 +11,9 @@ from moec.ir.graph import Attr, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import THROUGH, VIEWS, rounds_doubles
 from moec.passes.proof.input_generators import Ids
-from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import (
+    Recipe,
     RegionEmitter,
     Scope,
     is_routing,

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from moec.capture.speculate.facts.singles import Single
-from moec.capture.speculate.facts.sums import Counts, Sums
+from moec.capture.speculate.facts.sums import ClassChoice, Counts, Sums
 from moec.torch_private import address_of
 
 Recipe = Callable[[torch.Tensor], torch.Tensor]
 Truth = Literal["count", "some", "none"]
-
-
-@dataclass(eq=False)
-class ClassChoice:
-    """A choice among `classes`, such as each token's choice among the experts.
-
-    `sorted` are the flat ids whose sort order is used. `rows` has, by class, the rows of the tokens
-    that chose it.
-    """
-
-    classes: int
-    sorted: torch.Tensor | None = None
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

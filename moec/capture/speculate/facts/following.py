@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.capture.speculate.facts.facts import NOTHING, ClassChoice, Facts, Order
+from moec.capture.speculate.facts.facts import NOTHING, Facts, Order
 from moec.capture.speculate.facts.sum_rules import (
     Rule,
     hot_sum,
@@ -20,6 +20,7 @@ from moec.capture.speculate.facts.sum_rules import (
     sum_rule,
     usual_comparison,
 )
+from moec.capture.speculate.facts.sums import ClassChoice
 from moec.capture.speculate.facts.symbols import expression
 
 _VIEWS = (

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from moec.capture.speculate.facts.facts import ClassChoice, Facts
-from moec.capture.speculate.facts.sums import MOST_NUMBERS, Counts, Sums, added, constants
+from moec.capture.speculate.facts.facts import Facts
+from moec.capture.speculate.facts.sums import (
+    MOST_NUMBERS,
+    ClassChoice,
+    Counts,
+    Sums,
+    added,
+    constants,
+)
 
 Rule = Callable[[Facts, tuple[Any, ...], Mapping[str, Any], Any], None]
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 _MANY = 10**6
-
-if TYPE_CHECKING:
-    from moec.capture.speculate.facts.facts import ClassChoice
-
 MOST_NUMBERS = 4096
 """The longest tensor whose values are tracked; it has about one value for each expert."""
+
+
+@dataclass(eq=False)
+class ClassChoice:
+    """A choice among `classes`, such as each token's choice among the experts.
+
+    `sorted` are the flat ids whose sort order is used. `rows` has, by class, the rows of the tokens
+    that chose it.
+    """
+
+    classes: int
+    sorted: torch.Tensor | None = None
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moec.capture.intercept.substitutes import integer_of, python_type
-from moec.capture.speculate.facts.facts import ClassChoice, Piece
+from moec.capture.speculate.facts.facts import Piece
 from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.facts.rounding import ROUNDINGS, Rounding
 from moec.capture.speculate.facts.singles import (
@@ -22,7 +22,7 @@ from moec.capture.speculate.facts.singles import (
     rounded_single,
     single_of,
 )
-from moec.capture.speculate.facts.sums import Counts, Sums
+from moec.capture.speculate.facts.sums import ClassChoice, Counts, Sums
 from moec.capture.speculate.facts.symbols import expression, reads_data
 from moec.capture.speculate.operators.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.operators.hooks import Filling, Hook, Hooks, Trace

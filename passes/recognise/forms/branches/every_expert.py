@@ -21,10 +21,10 @@ from moec.ir.graph import TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import sparse_feed
-from moec.passes.recognise.reading.block import Proposal, Recipe
+from moec.passes.recognise.reading.block import Proposal
 from moec.passes.recognise.reading.layout import ExpertLayout
 from moec.passes.recognise.reading.rows import Reader
-from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros
+from moec.passes.recognise.region import Recipe, RegionEmitter, Scope, chooses, sets_zeros
 from moec.passes.recognise.routers.routing import Unlike
 from moec.passes.recognise.routers.routing_weights import unweighted_dropped
 

@@ -12,12 +12,11 @@ Such a concatenation computes a product with stacked weights, and is read as tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.graph import Graph, Op, Value
+from moec.ir.graph import Op, Value
 from moec.passes.recognise.forms.branches.unrolled_experts import (
     Branch,
     cone,
@@ -25,30 +24,11 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
     read_branch,
     signature,
 )
-from moec.passes.recognise.reading.block import Recipe
-from moec.passes.recognise.reading.layout import Axis
+from moec.passes.recognise.reading.body_writer import Fan
 from moec.passes.recognise.region import Scope
 
 _SPLIT = "aten.split_with_sizes.default"
 _PART = "aten.select.int"
-
-
-@dataclass(frozen=True)
-class Fan:
-    """The results of `body` of each expert over the rows `x`, concatenated.
-
-    `one_expert_per_row`: each row goes through one expert, and the results are in the order of the
-    rows, possibly with other axes. Otherwise every row goes through every expert.
-    """
-
-    x: Value
-    body: Graph
-    stacks: tuple[Recipe, ...]
-    experts: int
-    axes: tuple[Axis, ...]  # of the result of one branch
-    uses: dict[str, list[Value]]
-    one_expert_per_row: bool
-    split: Op | None = None  # splits x by expert into parts whose sizes depend on data
 
 
 def fan(scope: Scope, op: Op) -> Fan | None:

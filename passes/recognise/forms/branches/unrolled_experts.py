@@ -16,12 +16,11 @@ from moec.ir.canonical import canonical_text
 from moec.ir.graph import Attr, Graph, Op, Ref, Value
 from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CHOICES, VIEWS
-from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.body_writer import BodyWriter
 from moec.passes.recognise.reading.layout import ExpertLayout
 from moec.passes.recognise.reading.opnames import ADDS, CHOOSES, MULTIPLY, PRODUCTS
 from moec.passes.recognise.reading.rows import Reader
-from moec.passes.recognise.region import RegionEmitter, Scope, names_in
+from moec.passes.recognise.region import Recipe, RegionEmitter, Scope, names_in
 
 _LIMIT = 300
 

@@ -30,7 +30,6 @@ from moec.ir.sizes.dims import Dim, canonical, product, symbols
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.proof.input_generators import ChosenRows, Feed
 from moec.passes.recognise.forms.branches.every_expert import SOME, all_experts
-from moec.passes.recognise.forms.branches.parallel_branches import Fan
 from moec.passes.recognise.forms.branches.unrolled_experts import (
     Branch,
     Family,
@@ -53,6 +52,7 @@ from moec.passes.recognise.reading.block import (
     RecognisedCapacity,
     Zero,
 )
+from moec.passes.recognise.reading.body_writer import Fan
 from moec.passes.recognise.reading.opnames import ADDS, SPREAD
 from moec.passes.recognise.region import RegionEmitter, Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence

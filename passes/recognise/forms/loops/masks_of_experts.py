@@ -19,8 +19,7 @@ from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.proof.input_generators import Feed, sparse_feed
 from moec.passes.recognise.forms.branches.every_expert import all_experts
-from moec.passes.recognise.reading.block import Recipe
-from moec.passes.recognise.region import RegionEmitter, Scope, choices
+from moec.passes.recognise.region import Recipe, RegionEmitter, Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.routing_weights import dense_weights, unweighted_dropped
 

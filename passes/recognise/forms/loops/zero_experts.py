@@ -26,9 +26,9 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
     selected_by,
     stack_recipes,
 )
-from moec.passes.recognise.reading.block import Recipe, Zero
+from moec.passes.recognise.reading.block import Zero
 from moec.passes.recognise.reading.opnames import ADDS, ZEROS
-from moec.passes.recognise.region import Scope, chooses
+from moec.passes.recognise.region import Recipe, Scope, chooses
 
 
 def chosen(scope: Scope, op: Op, added: Value) -> bool:

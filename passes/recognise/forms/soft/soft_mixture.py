@@ -23,7 +23,7 @@ from moec.ir.traits import VIEWS
 from moec.passes.core.runner import Log
 from moec.passes.proof.input_generators import InputKind
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise.forms.branches.parallel_branches import Fan, fan
+from moec.passes.recognise.forms.branches.parallel_branches import fan
 from moec.passes.recognise.forms.branches.unrolled_experts import (
     Family,
     cone,
@@ -33,12 +33,13 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
 )
 from moec.passes.recognise.forms.soft.mixture import ADD, adds_on, summed
 from moec.passes.recognise.forms.soft.soft_weights import SoftWeights, WeighedSum, weighed_sum
-from moec.passes.recognise.reading.block import Recipe, stacked
+from moec.passes.recognise.reading.block import stacked
 from moec.passes.recognise.reading.body import ROWS, canonical, with_columns
+from moec.passes.recognise.reading.body_writer import Fan
 from moec.passes.recognise.reading.layout import Atom, Axis, ExpertLayout, size_of
 from moec.passes.recognise.reading.opnames import REARRANGE
 from moec.passes.recognise.reading.rows import Reader
-from moec.passes.recognise.region import RegionEmitter, Scope, replaced, replacement
+from moec.passes.recognise.region import Recipe, RegionEmitter, Scope, replaced, replacement
 
 # Soft mixtures written as a loop that adds the output of each expert.
 #

@@ -22,12 +22,13 @@ from moec.ir.graph import Op, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.recognise.forms.branches import every_expert
-from moec.passes.recognise.forms.branches.parallel_branches import Fan, fan
-from moec.passes.recognise.reading.block import Candidate, Proposal, Recipe
+from moec.passes.recognise.forms.branches.parallel_branches import fan
+from moec.passes.recognise.reading.block import Candidate, Proposal
+from moec.passes.recognise.reading.body_writer import Fan
 from moec.passes.recognise.reading.layout import ExpertLayout, divide
 from moec.passes.recognise.reading.opnames import PICKS, PRODUCTS
 from moec.passes.recognise.reading.rows import Reader
-from moec.passes.recognise.region import RegionEmitter, Scope
+from moec.passes.recognise.region import Recipe, RegionEmitter, Scope
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.routing import hypotheses
 
