@@ -29,6 +29,15 @@ CLAIMS = (
         "and ONNX Runtime run moec's own ONNX file in float32, llama.cpp a bf16 file.",
     ),
     Claim(
+        "families",
+        "Every MoE type of transformers",
+        "A small config of each type, with random weights and all kinds of layers of the default "
+        "one, compiled and verified in float32 from token ids alone, also where the model takes "
+        "images or sounds. `text`: whether 40 greedy tokens, or those before an end token, are "
+        "transformers' own, or are where its top-k takes the first of equal scores, as moec's does "
+        "and torch's does not always. A note on rows that differ is of such models.",
+    ),
+    Claim(
         "llama-cpp",
         "GGUF files beside llama.cpp",
         "`exact` are the dequantised weights in float32. Both runtimes round rows to 8 bits, so "
