@@ -1,10 +1,8 @@
-"""What has been read of a block, and how rows and weights are followed through moved axes.
-
-`RegionReader` in `rows.py` reads whole regions by it.
-"""
+"""What `Reader` has read of a block, and how rows and weights go through moved axes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -36,7 +34,7 @@ from moec.passes.recognise.region import Scope, chooses
 
 
 @dataclass
-class BlockReader:
+class BlockReader(ABC):
     """Reads one block. `only` limits the reading to a set of ops; a value that they read from
     outside is tokens or opaque. `writer` holds the body written so far. `addends` maps a result to
     the value that rows were added into, if that is not zero. `shared` maps products that all
@@ -188,10 +186,10 @@ class BlockReader:
         ops = self.scope.upstream([value]) if self.only is not None else ()
         self.doubts += [self.why[v] for op in ops for v in op.outputs if v in self.why]
 
+    @abstractmethod
     def apply(self, op: Op) -> Sequence[ExpertLayout | None]:
         """The layouts of the op's outputs. Raises NoMatch if rows pass through an op that one
         expert's body cannot contain."""
-        raise NotImplementedError
 
     def fan(self, op: Op, fan: Fan) -> ExpertLayout:
         """The layout of a fan's result: every expert over the same rows, or over its own rows."""
