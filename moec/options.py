@@ -36,10 +36,11 @@ class Option:
 
     `says` is what it does; `flags` are its names on the command line of the commands `of`, without
     which it exists in Python only. A command reads its value as `kind`: "" (text, or a switch where
-    the default is True or False), "list" (it may be repeated), "levels", "dtype", "tolerance" or
-    "path". `fits` checks whether a value other than None is of the right kind, and `give` what to
-    give. `ranks` and `optimize` say whether `moec.compile_ranks` and `moec.optimize` take it,
-    `artifact` whether artifacts depend on it, `reads` whether they depend on files that it names.
+    the default is True or False), "target", "format" or "pass" (text that completion offers),
+    "list" (it may be repeated), "levels", "dtype", "tolerance" or "path". `fits` checks whether a
+    value other than None is of the right kind, and `give` what to give. `ranks` and `optimize` say
+    whether `moec.compile_ranks` and `moec.optimize` take it, `artifact` whether artifacts depend on
+    it, `reads` whether they depend on files that it names.
     """
 
     default: Any
@@ -69,6 +70,9 @@ class CompileOptions:
     value of the wrong kind."""
 
     # fmt: off
+    memory: int | str | None = option(
+        None, "How much memory to take for a checkpoint, e.g. 6GiB; by default half of what is "
+        "free. Weights that do not fit stay in files.", "--memory", metavar="SIZE", artifact=False)
     revision: str | None = option(
         None, "Of a model that is named by its id on the Hugging Face hub, ORG/NAME.", "--revision",
         CAPTURES, metavar="BRANCH|TAG|COMMIT", ranks=True, artifact=False)
@@ -103,7 +107,7 @@ class CompileOptions:
     quant: str | None = option(
         None, "Quantise experts: int2 to int6, int8, fp8 (each [:32|64|128]) or mxfp4; options "
         ":rows16, ,linears=… and ,head=… are explained above.", "--quant", CHANGES,
-        metavar="FORMAT", optimize=False)
+        kind="format", metavar="FORMAT", optimize=False)
     calib: Any = option(
         None, "Calibration data for approximate passes and --quant: inputs by name (.npz, "
         ".safetensors), or a text (.txt, read as 16 windows of 256 tokens); NAME=FILE,NAME=FILE "
@@ -116,15 +120,16 @@ class CompileOptions:
         False, "Exit with code 2 if a pass exceeds the budget.", "--strict", CHANGES, ranks=True,
         optimize=False)
     target: str | CpuTarget = option(
-        "cpu", "The machine to compile for; see `moec list targets`.", "--target")
+        "cpu", "The machine to compile for; see `moec list targets`.", "--target", kind="target")
     verify: bool | float | str = option(
         True, "How the code is compared with eager PyTorch: off, quick (the graph in float32, the "
         "weights bit for bit), full (kernels and texts too; default), or the greatest relative "
         "error allowed. Where weights stay in files, eager runs layer by layer for all inputs "
         "(layers, default) or input by input (whole).", "--verify", kind="tolerance", fits=None)
     stop_after: str | None = option(
-        None, "Print the graph after this pass; generate no code.", "--stop-after", metavar="PASS",
-        fits=lambda v: isinstance(v, str), give="the name of a pass", optimize=False)
+        None, "Print the graph after this pass; generate no code.", "--stop-after", kind="pass",
+        metavar="PASS", fits=lambda v: isinstance(v, str), give="the name of a pass",
+        optimize=False)
     kv_cache: bool = option(
         True, "For a language model: include the code that generates text with a KV cache.",
         "--kv-cache/--no-kv-cache")
@@ -133,9 +138,6 @@ class CompileOptions:
     embeddings: bool = option(
         False, "Include the code for /v1/embeddings of `moec serve`; it needs no further weights.",
         "--embeddings")
-    memory: int | str | None = option(
-        None, "How much memory to take for a checkpoint, e.g. 6GiB; by default half of what is "
-        "free. Weights that do not fit stay in files.", "--memory", metavar="SIZE", artifact=False)
     store: bool | None = option(
         None, "Include the code for `moec run --memory`, which reads experts from the artifact "
         "when they are needed; by default, for models of 1 GiB or more on CPUs.",

@@ -6,8 +6,9 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,10 @@ from moec.runtime.artifact.container import replaceable
 from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
-    from moec.commands.compilation.checkpoint_key import CheckpointKey
     from moec.ir.graph import Program
     from moec.model.compiled import CompiledModel
     from moec.passes.core.runner import PassResult
     from moec.report.report import Report
-
 
 LOGGER = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def command(**values: Any) -> None:
 
         warnings = without_effect(compiled.pass_results)
         if key is not None and not warnings:
-            _keep(request, store, key)
+            keep(store, key.value(), request.output)
     if request.quiet:
         for line in warnings:
             echo(f"warning: {line}", err=True)
@@ -142,13 +141,6 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
 
     _tell(request, open_artifact(output).report(), f"wrote {output} (from the cache)")
     return True
-
-
-def _keep(request: CompileRequest, store: Store, key: CheckpointKey) -> None:
-    """Cache the artifact, unless the checkpoint was changed since it was read."""
-    value = key.value()
-    if value is not None and request.output is not None:
-        keep(store, value, request.output)
 
 
 def _compile_ranks(request: CompileRequest, plan: Path, arguments: Mapping[str, Any]) -> None:
@@ -176,12 +168,12 @@ def _compile_ranks(request: CompileRequest, plan: Path, arguments: Mapping[str, 
 
 def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledModel:
     """The compiled model, saved if it was built; its progress is shown."""
-    dump = None if request.dump_ir is None else Dump(request.dump_ir)
+    numbers = count()
 
     def watch(pass_result: PassResult) -> None:
         progress.phase(f"passes {pass_result.name}")
-        if dump:
-            dump(pass_result)
+        if request.dump_ir is not None:
+            dump(request.dump_ir, next(numbers), pass_result)
 
     with compiling(request.silent, _phases(request)) as (compile_model, progress):
         compiled = compile_model(
@@ -203,7 +195,6 @@ def _note_times(
     request: CompileRequest, compiled: CompiledModel, seconds: Mapping[str, float]
 ) -> None:
     """Logs the slowest steps, and remembers the phases of a whole compilation."""
-    from moec.cache import default_store
     from moec.commands.compilation.estimate import PastRun, bytes_of_files, remember
 
     slowest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
@@ -216,33 +207,26 @@ def _note_times(
 
 def _phases(request: CompileRequest) -> dict[str, float]:
     """The seconds that each phase is expected to take, by name."""
-    from moec.cache import default_store
     from moec.commands.compilation.estimate import bytes_of_files, expected, past_runs
     from moec.commands.output.progress import BEFORE_CODE, COMPILE
 
-    names = set(COMPILE if request.builds else BEFORE_CODE)
-    if request.verified is False:
-        names.discard("verify")
+    names = {*(COMPILE if request.builds else BEFORE_CODE)}
+    names -= {"verify"} if request.verified is False else set()
     otherwise = {name: seconds for name, seconds in COMPILE.items() if name in names}
     weights = bytes_of_files(request.model)
     return expected(past_runs(default_store()), weights, otherwise) if weights else otherwise
 
 
 def _planned(compiled: CompiledModel, request: CompileRequest) -> Report:
-    """The report of a model for which no code was generated, with estimates."""
-    report, size = compiled.report(), weight_bytes(compiled.pass_results[-1].program)
-    notes = (*report.notes, _NOT_BUILT, *_estimated(compiled, request.options["opt_level"], size))
-    return replace(report, bytes_out=size, notes=notes)
-
-
-def _estimated(compiled: CompiledModel, opt_level: int, weights: int) -> tuple[str, ...]:
-    """The estimated cost of a compilation; empty for a model that cannot be compiled."""
+    """The report of a model for which no code was generated, with the estimated cost of one that
+    can be compiled."""
     from moec.commands.compilation import estimate
 
-    try:
-        return (estimate.of_model(compiled, opt_level, weights),)
-    except UnsupportedError:
-        return ()
+    report, size = compiled.report(), weight_bytes(compiled.pass_results[-1].program)
+    notes = (*report.notes, _NOT_BUILT)
+    with suppress(UnsupportedError):
+        notes += (estimate.of_model(compiled, request.options["opt_level"], size),)
+    return replace(report, bytes_out=size, notes=notes)
 
 
 def _write_code(compiled: CompiledModel, folder: Path) -> None:
@@ -271,20 +255,13 @@ def weight_bytes(program: Program) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in read)
 
 
-class Dump:
-    """Writes the graph after each pass as text into a folder, numbered in order."""
+def dump(folder: Path, number: int, pass_result: PassResult) -> None:
+    """Writes the graph after a pass as text into a folder, numbered in order."""
+    from moec.ir.text import print_graph
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.written = 0
-
-    def __call__(self, pass_result: PassResult) -> None:
-        from moec.ir.text import print_graph
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.written:02d}-{pass_result.name}.moe"
-        path.write_text(print_graph(pass_result.program.graph))
-        self.written += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:02d}-{pass_result.name}.moe"
+    path.write_text(print_graph(pass_result.program.graph))
 
 
 # Caches artifacts, by checkpoint and options of their compilation (see checkpoint_key.py).
@@ -327,7 +304,10 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
     return True
 
 
-def keep(store: Store, key: str, output: Path) -> None:
-    """Cache the artifact in `output`, unless it is too large."""
-    if output.is_file() and output.stat().st_size <= store.limit // CACHE_FRACTION:
+def keep(store: Store, key: str | None, output: Path | None) -> None:
+    """Cache the artifact in `output`, unless it is too large, or was made of a checkpoint that was
+    changed since it was read, which has no key."""
+    if key is None or output is None or not output.is_file():
+        return
+    if output.stat().st_size <= store.limit // CACHE_FRACTION:
         save(store, ARTIFACTS, {key: output.read_bytes()})

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@memory_option
+@text_options
 @click.option(
     "-i", "--input", "source", type=click.Path(path_type=Path), metavar="FILE",
     help="The inputs by name (.npz, .safetensors), or a single input (.npy).",
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     help="Write the outputs by name (.npz with bf16 as float32, .safetensors), or a single "
     "output (.npy).",
 )  # fmt: skip
-@text_options
 @click.option(
     "--check", is_flag=True, help="Compare with the stored samples; exit 4 if they differ."
 )
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
     "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True,
     help="Seconds that a rank waits for the other ranks.",
 )  # fmt: skip
-@memory_option
 @click.option(
     "--routing", type=click.Path(path_type=Path), metavar="FILE.npz",
     help="With --memory: recorded routing, by which the experts that stay in memory are chosen.",

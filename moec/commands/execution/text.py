@@ -68,7 +68,7 @@ class TextOptions:
 
 
 def text_options(command: F) -> F:
-    for decorator in (
+    options = (
         click.option("--prompt", metavar="TEXT", help="Continue this text; - reads it from stdin."),
         click.option(
             "--prompts", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE",
@@ -100,7 +100,8 @@ def text_options(command: F) -> F:
             show_default=True, help="With --beams: when a search ends, as in transformers.",
         ),
         sampling_options,
-    ):  # fmt: skip
+    )  # fmt: skip
+    for decorator in reversed(options):  # the first is shown first
         command = decorator(command)
     return command
 

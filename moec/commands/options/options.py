@@ -8,12 +8,16 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from moec.dtypes import MODEL_DTYPES, SHORT_NAMES
 from moec.errors import UsageError
 from moec.files.adapter import read_adapter
+from moec.ir.formats.notation import BLOCKS, KINDS, parse_parts
 from moec.options import CAPTURES, CHANGES, Option, compile_options
+from moec.passes.core.names import NAMES, sign_and_name, split
 from moec.spelling import did_you_mean
+from moec.target import cpu, cuda
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,6 +91,18 @@ class DTypeName(click.ParamType[Any]):
         return str(name)
 
 
+class Offered(click.ParamType[str]):
+    """A text that is read later. Completion offers some `values`, such as are often written."""
+
+    def __init__(self, name: str, *values: str) -> None:
+        self.name, self.values = name, values
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(value) for value in self.values if value.startswith(incomplete)]
+
+
 class OneOf(click.Choice[str]):
     """A choice, like click's, with a suggestion for a misspelt value."""
 
@@ -124,6 +140,9 @@ def _click_option(name: str, option: Option) -> Callable[[F], F]:
 
 
 _KINDS: dict[str, click.ParamType[Any]] = {
+    "target": Offered("target", "cpu", *cpu.TARGETS, *cuda.TARGETS),
+    "format": Offered("format", *KINDS, *(f"{kind}:{n}" for kind in KINDS[:-1] for n in BLOCKS)),
+    "pass": Offered("pass", *NAMES),
     "levels": click.IntRange(0, 2),
     "dtype": DTypeName(),
     "tolerance": Tolerance("quick", "full", "layers", "whole"),
@@ -155,10 +174,8 @@ def check_changes(
 ) -> None:
     """Raises UsageError for invalid values of options that change the model. `moec.compile` would
     raise it too, but seconds later, after importing torch."""
-    from moec.ir.formats.notation import parse_parts
     from moec.passes.calibration import files
     from moec.passes.calibration.budget import parse_budget
-    from moec.passes.core.names import sign_and_name, split
 
     for item in split(passes):
         sign_and_name(item)
