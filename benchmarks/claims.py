@@ -38,6 +38,14 @@ CLAIMS = (
         "and torch's does not always. A note on rows that differ is of such models.",
     ),
     Claim(
+        "operators",
+        "Single operators of ATen",
+        "Each operator with float32 that torch describes for its own tests (`op_db`), on up to two "
+        "small samples of different kinds: captured, all passes, and the graph interpreted beside "
+        "eager (`python -m tests.fuzz.operators --record FILE`). It has the worst outcome of its "
+        "samples. Names are torch's, with the variant.",
+    ),
+    Claim(
         "llama-cpp",
         "GGUF files beside llama.cpp",
         "`exact` are the dequantised weights in float32. Both runtimes round rows to 8 bits, so "
