@@ -32,12 +32,12 @@ from moec.commands.output.logs import log_options
 from moec.commands.output.report import print_json, print_report
 from moec.errors import SetupError, UnsupportedError
 from moec.files.os_errors import reason
+from moec.files.whole_folder import check_room
 from moec.options import CAPTURES, CHANGES, COMPILES, compile_options
 from moec.runtime.artifact.container import replaceable
 from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
-    from moec.ir.graph import Program
     from moec.model.compiled import CompiledModel
     from moec.passes.core.runner import PassResult
     from moec.report.report import Report
@@ -103,6 +103,7 @@ def command(**values: Any) -> None:
     arguments = api_arguments(**request.options)
     model = local_model(request.model, arguments.pop("revision"), request.silent)
     request = replace(request, model=model)
+    _check_room(request)
     store = default_store()
     key = cache_key(request, store)
     if key is not None and _write_cached(request, store, key):
@@ -132,7 +133,8 @@ def command(**values: Any) -> None:
 def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> bool:
     """Whether the artifact was in the cache, and is written."""
     output = request.output
-    value = key.value() if may_hold(store, key) else None
+    # an artifact of such a model and options is stored, of these or other weights
+    value = key.value() if starts_with(store, ARTIFACTS, key.start) else None
     if value is None or output is None:
         return False
     if not fetch(store, value, output, overwrite=request.force):
@@ -141,6 +143,16 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
 
     _tell(request, open_artifact(output).report(), f"wrote {output} (from the cache)")
     return True
+
+
+def _check_room(request: CompileRequest) -> None:
+    """Raises SetupError where the disk lacks room for an artifact with half of the checkpoint's
+    weights, some of which may be in it twice, unless an option makes them smaller."""
+    from moec.commands.compilation.estimate import bytes_of_files
+
+    shrinks = any(request.options[name] for name in ("quant", "passes", "dtype"))
+    if request.builds and request.output is not None and not shrinks:
+        check_room(request.output, bytes_of_files(request.model) // 2)
 
 
 def _compile_ranks(request: CompileRequest, plan: Path, arguments: Mapping[str, Any]) -> None:
@@ -222,7 +234,8 @@ def _planned(compiled: CompiledModel, request: CompileRequest) -> Report:
     can be compiled."""
     from moec.commands.compilation import estimate
 
-    report, size = compiled.report(), weight_bytes(compiled.pass_results[-1].program)
+    report, program = compiled.report(), compiled.pass_results[-1].program
+    size = sum(program.weights[param.name].nbytes for param in program.graph.params)
     notes = (*report.notes, _NOT_BUILT)
     with suppress(UnsupportedError):
         notes += (estimate.of_model(compiled, request.options["opt_level"], size),)
@@ -249,12 +262,6 @@ def _tell(request: CompileRequest, report: Report, last: str) -> None:
 _NOT_BUILT = "no code was generated; the packed size is an estimate, without padding and copies"
 
 
-def weight_bytes(program: Program) -> int:
-    """The bytes of the weights that a program reads, as stored."""
-    read = (program.weights[param.name] for param in program.graph.params)
-    return sum(tensor.numel() * tensor.element_size() for tensor in read)
-
-
 def dump(folder: Path, number: int, pass_result: PassResult) -> None:
     """Writes the graph after a pass as text into a folder, numbered in order."""
     from moec.ir.text import print_graph
@@ -270,11 +277,6 @@ def dump(folder: Path, number: int, pass_result: PassResult) -> None:
 # So is a model whose artifact is larger than a fraction of the cache; its kernels are cached.
 CACHE_FRACTION = 8
 """An artifact may take up to one part in this many of the cache."""
-
-
-def may_hold(store: Store, key: CheckpointKey) -> bool:
-    """Whether an artifact of such a model and options is stored, of these or other weights."""
-    return starts_with(store, ARTIFACTS, key.start)
 
 
 def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
+from moec.files.gguf import is_gguf, read_header
 from moec.files.printable import printable_json
 from moec.report.opened import is_artifact, open_artifact
 from moec.runtime.package import MAIN
@@ -66,6 +68,10 @@ def command(
     else:
         arguments = api_arguments(**options)
         model = local_model(model, revision, quiet or as_json)
+        if is_gguf(Path(model)) and not (quiet or as_json):  # at once: a capture takes seconds
+            tensors = read_header(Path(model)).tensors.values()
+            counts = Counter(tensor.type for tensor in tensors).most_common()
+            echo(f"tensors     {', '.join(f'{count} {kind}' for kind, count in counts)}", err=True)
         report, graph = of_model(model, arguments, quiet or as_json)
     if picture and graph is not None:
         from moec.report.picture.dot import save

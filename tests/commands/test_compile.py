@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,16 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
     assert out.read_text() == "mine"
     assert run("-o", out, "--force").exit_code == 0
     assert out.read_text() == "artifact"
+
+
+def test_a_full_disk_is_told_before_the_work(
+    compiler: FakeCompiler, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    result = invoke("compile", tiny_moe, "-o", tmp_path / "out.moec")
+    assert (result.exit_code, compiler.request) == (1, {})
+    assert f"0.000 GB are free in {tmp_path}: free some space" in result.stderr
 
 
 @pytest.mark.parametrize(

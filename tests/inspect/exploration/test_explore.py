@@ -284,7 +284,7 @@ def test_the_command_explores_a_model(declined: moec.CompiledModel, tmp_path: Pa
 )
 def test_options_that_do_not_fit(files: Files, arguments: tuple[str, ...], message: str) -> None:
     result = run(files.artifact, *arguments)
-    assert result.exit_code in (1, 2)
+    assert result.exit_code == 2
     assert message.format(files.artifact) in result.output
 
 
@@ -292,7 +292,7 @@ def test_a_port_in_use(files: Files) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         result = run(files.artifact, "--port", port)
-    assert result.exit_code in (1, 2)
+    assert result.exit_code == 1
     assert f"--port {port} cannot be used: address already in use" in result.output.lower()
 
 
