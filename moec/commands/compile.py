@@ -236,7 +236,8 @@ def _planned(compiled: CompiledModel, request: CompileRequest) -> Report:
 
     report, program = compiled.report(), compiled.pass_results[-1].program
     size = sum(program.weights[param.name].nbytes for param in program.graph.params)
-    notes = (*report.notes, _NOT_BUILT)
+    says = "no code was generated; the packed size is an estimate, without padding and copies"
+    notes = (*report.notes, says)
     with suppress(UnsupportedError):
         notes += (estimate.of_model(compiled, request.options["opt_level"], size),)
     return replace(report, bytes_out=size, notes=notes)
@@ -259,9 +260,6 @@ def _tell(request: CompileRequest, report: Report, last: str) -> None:
         print_report(report, request.full or not request.builds, last)
 
 
-_NOT_BUILT = "no code was generated; the packed size is an estimate, without padding and copies"
-
-
 def dump(folder: Path, number: int, pass_result: PassResult) -> None:
     """Writes the graph after a pass as text into a folder, numbered in order."""
     from moec.ir.text import print_graph
@@ -275,8 +273,7 @@ def dump(folder: Path, number: int, pass_result: PassResult) -> None:
 #
 # Factories (file.py:factory) are compiled each time, because their code may depend on anything.
 # So is a model whose artifact is larger than a fraction of the cache; its kernels are cached.
-CACHE_FRACTION = 8
-"""An artifact may take up to one part in this many of the cache."""
+CACHE_FRACTION = 8  # an artifact may take up to one part in so many of the cache
 
 
 def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> bool:

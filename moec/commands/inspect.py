@@ -64,7 +64,9 @@ def command(
         opened = open_artifact(Path(model))
         report, text = opened.report(), opened.graph(MAIN)
         if picture:
-            graph = _graph(Path(model), text)
+            from moec.model.stored import stored_graph
+
+            graph = stored_graph(Path(model), MAIN, text)
     else:
         arguments = api_arguments(**options)
         model = local_model(model, revision, quiet or as_json)
@@ -106,12 +108,6 @@ def _show_ranks(folder: Path, as_json: bool) -> None:
     lines = [("rank", "weights", "functions")]
     lines += [(str(r.rank), size(r.weights), ", ".join(r.functions)) for r in ranks]
     echo("\n".join(line.rstrip() for line in columns(lines)))
-
-
-def _graph(path: Path, text: str) -> Graph:
-    from moec.model.stored import stored_graph
-
-    return stored_graph(path, MAIN, text)
 
 
 def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:

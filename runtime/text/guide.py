@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
+from decimal import Decimal
+from math import lcm
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +70,10 @@ class Grammars:
         schema = {"type": "object"}
         if kind == "json_schema":
             schema = _field(_field(response_format, "json_schema", Mapping), "schema", Mapping)
+            numbers = re.findall(r'"multipleOf": ([\d.e+-]+)', json.dumps(schema))
+            digits = (Decimal(n).normalize().as_tuple().digits for n in numbers)
+            if lcm(*(int("".join(map(str, d))) for d in digits)) > 100_000:  # a state for each
+                raise InputError("response_format: multipleOf: give at most 5 digits")
         options = {"whitespace_flexible": False}  # else blanks without end; a schema may say so
         try:
             if kind == "regex":

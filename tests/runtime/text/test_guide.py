@@ -156,6 +156,7 @@ def test_text_has_no_guide() -> None:
         ({"type": "regex"}, "response_format: regex is None; it must be text"),
         ({"type": "regex", "regex": "a("}, "response_format: .*regex"),
         ({"type": "json_schema"}, "response_format: json_schema is None; it must be an object"),
+        ({"type": "json_schema", "json_schema": {"schema": {"multipleOf": 99999999}}}, "5 digits"),
         ({"type": "json_schema", "json_schema": {}}, "schema is None; it must be an object"),
         (
             {
