@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from moec.dtypes import MODEL_DTYPES, SHORT_NAMES
 from moec.errors import UsageError
@@ -17,7 +17,6 @@ from moec.ir.formats.notation import BLOCKS, KINDS, parse_parts
 from moec.options import CAPTURES, CHANGES, Option, compile_options
 from moec.passes.core.names import NAMES, sign_and_name, split
 from moec.spelling import did_you_mean
-from moec.target import cpu, cuda
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,18 +90,6 @@ class DTypeName(click.ParamType[Any]):
         return str(name)
 
 
-class Offered(click.ParamType[str]):
-    """A text that is read later. Completion offers some `values`, such as are often written."""
-
-    def __init__(self, name: str, *values: str) -> None:
-        self.name, self.values = name, values
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(value) for value in self.values if value.startswith(incomplete)]
-
-
 class OneOf(click.Choice[str]):
     """A choice, like click's, with a suggestion for a misspelt value."""
 
@@ -136,13 +123,26 @@ def _click_option(name: str, option: Option) -> Callable[[F], F]:
         default="on" if option.kind == "tolerance" else None if listed else option.default,
         is_flag=(switch and "/" not in option.flags) or None, multiple=listed, help=option.says,
         show_default=bool(option.default) or None,
+        shell_complete=partial(_offered, option.kind) if option.kind in _OFFERED else None,
     )  # fmt: skip
 
 
+_OFFERED = ("target", "format", "pass")
+
+
+def _offered(kind: str, _: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """What completion offers for an option that is read as text later, of what is often written."""
+    from moec.target import cpu, cuda
+
+    offered = {
+        "target": ("cpu", *cpu.TARGETS, *cuda.TARGETS),
+        "format": (*KINDS, *(f"{form}:{n}" for form in KINDS[:-1] for n in BLOCKS)),
+        "pass": NAMES,
+    }
+    return [value for value in offered[kind] if value.startswith(incomplete)]
+
+
 _KINDS: dict[str, click.ParamType[Any]] = {
-    "target": Offered("target", "cpu", *cpu.TARGETS, *cuda.TARGETS),
-    "format": Offered("format", *KINDS, *(f"{kind}:{n}" for kind in KINDS[:-1] for n in BLOCKS)),
-    "pass": Offered("pass", *NAMES),
     "levels": click.IntRange(0, 2),
     "dtype": DTypeName(),
     "tolerance": Tolerance("quick", "full", "layers", "whole"),
