@@ -41,6 +41,12 @@ class TargetError(MoecError):
     """The target is unknown, or this machine lacks its features."""
 
 
+class TargetNameError(TargetError):
+    """The name of a target is unknown, or names what cannot be combined."""
+
+    exit_code = Exit.USAGE
+
+
 class ArtifactError(MoecError):
     """The artifact is truncated, altered, of another version, or for another machine."""
 

@@ -9,7 +9,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,19 +250,10 @@ def _bench(
 
 def _versions(baselines: Sequence[str]) -> dict[str, str]:
     """The versions of the packages that take part, where they are installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from moec.commands.machine import installed_version
 
-    versions = {}
-    for name in (
-        "moec",
-        "torch",
-        "apache-tvm",
-        "transformers",
-        *(PACKAGES[name] for name in baselines),
-    ):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+    names = ("moec", "torch", "apache-tvm", "transformers", *map(PACKAGES.__getitem__, baselines))
+    return {name: version for name in names if (version := installed_version(name))}
 
 
 def _open(

@@ -146,13 +146,12 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
 
 
 def _check_room(request: CompileRequest) -> None:
-    """Raises SetupError where the disk lacks room for an artifact with half of the checkpoint's
-    weights, some of which may be in it twice, unless an option makes them smaller."""
-    from moec.commands.compilation.estimate import bytes_of_files
+    """Raises SetupError where the disk lacks room for an artifact with half of the weights, some
+    of which may be in the checkpoint twice."""
+    from moec.commands.compilation.estimate import least_bytes
 
-    shrinks = any(request.options[name] for name in ("quant", "passes", "dtype"))
-    if request.builds and request.output is not None and not shrinks:
-        check_room(request.output, bytes_of_files(request.model) // 2)
+    if request.builds and request.output is not None:
+        check_room(request.output, least_bytes(request.model, request.options) // 2)
 
 
 def _compile_ranks(request: CompileRequest, plan: Path, arguments: Mapping[str, Any]) -> None:

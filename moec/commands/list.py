@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -145,38 +145,19 @@ def first_line(thing: Any) -> str:
 def targets() -> list[dict[str, Any]]:
     from moec.target import cpu, cuda
 
-    host = cpu.host()
-    rows = [
-        {
-            "target": "cpu",
-            "here": f"{host.name}, this machine's",
-            "lanes": host.vector_lanes,
-            "needs": "the features of this machine",
-        }
-    ]
+    host, depends = cpu.host(), "depends on CPU"
+    here = f"{host.name}, this machine's"
+    rows: list[tuple[Any, ...]] = [("cpu", here, host.vector_lanes, "the features of this machine")]
     for t in cpu.TARGETS.values():
         lacking = cpu.missing(t)
         here = f"lacks {' '.join(lacking)}" if lacking else "runs"
-        needs = " ".join(t.features) or "nothing"
-        rows.append({"target": t.name, "here": here, "lanes": t.vector_lanes, "needs": needs})
-    rows.append(
-        {
-            "target": "llvm:-mcpu=...",
-            "here": "depends on CPU",
-            "lanes": "depends on CPU",
-            "needs": "the features that LLVM lists for the CPU",
-        }
-    )
-    rows += [
-        {
-            "target": t.name,
-            "here": gpu_here(t),
-            "lanes": 32,
-            "needs": f"{t.example} or similar, with {' '.join(t.tensor_cores)}",
-        }
-        for t in cuda.TARGETS.values()
-    ]
-    return rows
+        rows.append((t.name, here, t.vector_lanes, " ".join(t.features) or "nothing"))
+    needs = "the features that LLVM lists for the CPU"
+    rows.append(("llvm:-mcpu=...", depends, depends, needs))
+    for gpu in cuda.TARGETS.values():
+        needs = f"{gpu.example} or similar, with {' '.join(gpu.tensor_cores)}"
+        rows.append((gpu.name, gpu_here(gpu), 32, needs))
+    return [dict(zip(("target", "here", "lanes", "needs"), row, strict=True)) for row in rows]
 
 
 def gpu_here(target: CudaTarget) -> str:
@@ -191,10 +172,8 @@ def gpu_here(target: CudaTarget) -> str:
 
 
 def models() -> list[dict[str, Any]]:
-    return [
-        *({"model": f.model_type, "class": f.architecture, "what": f.what} for f in FAMILIES),
-        *({"model": "any module", "class": form, "what": says} for form, says in FORMS.items()),
-    ]
+    rows = *FAMILIES, *(("any module", form, says) for form, says in FORMS.items())
+    return [{"model": model, "class": form, "what": what} for model, form, what in rows]
 
 
 def formats() -> list[dict[str, Any]]:
@@ -210,15 +189,6 @@ def formats() -> list[dict[str, Any]]:
         }
         for format in FORMATS
     ]
-
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """A family of transformers. `what` describes the peculiarities of its MoE blocks."""
-
-    model_type: str
-    architecture: str
-    what: str
 
 
 _FAMILIES = """
@@ -253,7 +223,8 @@ minimax MiniMaxForCausalLM lightning attention, renormalised softmax
 longcat_flash LongcatFlashForCausalLM experts that copy their rows
 jamba JambaForCausalLM Mamba, softmax before top-k
 """
-FAMILIES = tuple(ModelFamily(*line.split(" ", 2)) for line in _FAMILIES.strip().splitlines())
+FAMILIES = tuple(line.split(" ", 2) for line in _FAMILIES.strip().splitlines())
+"""Families of transformers: the type of a model, its class, and what is peculiar to its blocks."""
 
 FORMS = {
     "hf experts op": "experts that transformers decorates with use_experts_implementation",

@@ -77,21 +77,13 @@ def processor(cpuinfo: Path) -> list[Check]:
         cores += f", {len(physical)} cores"
     have = target.host_features()
     used = sorted({f for t in target.TARGETS.values() for f in t.features} & have)
-    checks = [
-        Check("cpu", OK, f"{names[0] if names else platform.processor() or 'unknown'}; {cores}")
-    ]
-    if have:
-        checks.append(Check("features", OK, " ".join(used) or "none that a target uses"))
-    else:
-        checks.append(
-            Check(
-                "features",
-                NOTE,
-                "the system does not report the features of the CPU",
-                "name the target yourself: moec compile --target avx2",
-            )
-        )
-    return checks
+    name = names[0] if names else platform.processor() or "unknown"
+    features = Check("features", OK, " ".join(used) or "none that a target uses")
+    if not have:
+        mend = "name the target yourself: moec compile --target avx2"
+        says = "the system does not report the features of the CPU"
+        features = Check("features", NOTE, says, mend)
+    return [Check("cpu", OK, f"{name}; {cores}"), features]
 
 
 def chosen_target() -> Check:
@@ -319,12 +311,8 @@ def huge_pages(enabled: Path) -> Check:
     except OSError:
         return Check("huge pages", OK, "the system does not report them; they are optional")
     if mode == "never":
-        return Check(
-            "huge pages",
-            NOTE,
-            "never: large weights may run slower (more TLB misses)",
-            f"echo madvise | sudo tee {enabled}",
-        )
+        says = "never: large weights may run slower (more TLB misses)"
+        return Check("huge pages", NOTE, says, f"echo madvise | sudo tee {enabled}")
     return Check("huge pages", OK, mode)
 
 
@@ -362,11 +350,6 @@ def _compiler(compiler: nvidia.Compiler | None, *, used: bool) -> str:
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    return json.dumps(
-        {
-            "ok": all(c.state != BAD for c in checks),
-            "moec": metadata("moec")["Version"],
-            "checks": [vars(c) for c in checks],
-        },
-        indent=1,
-    )
+    ok, each = all(c.state != BAD for c in checks), [vars(c) for c in checks]
+    facts = {"ok": ok, "moec": metadata("moec")["Version"], "checks": each}
+    return json.dumps(facts, indent=1)

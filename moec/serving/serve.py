@@ -18,7 +18,7 @@ from moec.commands.execution.engine import (
     engine_options,
     open_engine,
 )
-from moec.commands.options.sampling import draft_option, speculate_option
+from moec.commands.options.sampling import draft_option, of_options, speculate_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
@@ -161,7 +161,8 @@ def _service(
     model, engine, stop = open_engine(artifact, slots, options)
     embeds = HIDDEN in model.executor.package.functions
     small = open_draft(draft, model.executor, lambda: model.tokenizer)
-    engine.check([0], Request(1, speculate=speculate, draft=small))  # refused now, not later
+    with of_options():  # refused now, not later
+        engine.check([0], Request(1, speculate=speculate, draft=small))
     digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     routing = RoutingWatch(model.executor) if model.executor.package.recorded else None

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from moec.errors import TargetError
+from moec.errors import TargetError, TargetNameError
 from moec.spelling import did_you_mean
 
 # Linux, Documentation/arch/x86/xstate.rst: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
@@ -217,7 +217,7 @@ def parse(name: str) -> CpuTarget:
     if name.startswith("llvm:"):
         return _from_llvm(name)
     names = ["cpu", *TARGETS, NULL, "llvm:-mcpu=...", "cuda:sm_80"]
-    raise TargetError(
+    raise TargetNameError(
         f"unknown target {name!r}; the known targets are {', '.join(names)} and other GPUs "
         f"(see `moec list targets`){did_you_mean(name, names)}"
     )
@@ -308,7 +308,7 @@ def _from_llvm(name: str) -> CpuTarget:
     for word in name.removeprefix("llvm:").replace(",-m", " -m").split():
         key, equals, value = word.partition("=")
         if key not in ("-mcpu", "-mattr", "-mtriple") or not equals or not value:
-            raise TargetError(
+            raise TargetNameError(
                 f"target {name!r}: {word!r} is not a valid option: write llvm:-mcpu=CPU, and if "
                 "needed -mattr=+FEATURE,-FEATURE and -mtriple=TRIPLE"
             )
@@ -321,7 +321,7 @@ def _from_llvm(name: str) -> CpuTarget:
     mattr = tuple(options["-mattr"].split(",")) if "-mattr" in options else ()
     plain = CpuTarget(name, options.get("-mcpu", ""), mattr, options.get("-mtriple", ""))
     if plain.mcpu and not plain.mtriple and not codegen.llvm_is_valid_cpu(plain.mcpu, _triple()):
-        raise TargetError(f"target {name!r}: LLVM knows no CPU {plain.mcpu!r} on {_triple()}")
+        raise TargetNameError(f"target {name!r}: LLVM knows no CPU {plain.mcpu!r} on {_triple()}")
     features = {str(f) for f in codegen.llvm_get_cpu_features(TvmTarget(plain.tvm()))}
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= features
     # Tuning hints are listed with the features; an artifact may only require what a CPU reports.

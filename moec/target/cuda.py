@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moec.errors import TargetError
+from moec.errors import TargetError, TargetNameError
 from moec.target import cpu, nvidia
 
 KIND = "cuda"
@@ -121,7 +121,8 @@ def parse(name: str) -> CudaTarget:
     several = [f"{KIND}:{arch}" for arch in name.partition(":")[2].split(",")]
     if len(set(several)) > 1 and TARGETS.keys() >= set(several):
         return _common_target([TARGETS[one] for one in dict.fromkeys(several)])
-    raise TargetError(f"unknown target {name!r}; the known GPUs are {', '.join([KIND, *TARGETS])}")
+    names = ", ".join([KIND, *TARGETS])
+    raise TargetNameError(f"unknown target {name!r}; the known GPUs are {names}")
 
 
 def _common_target(targets: list[CudaTarget]) -> CudaTarget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from moec.errors import TargetError
+from moec.errors import TargetNameError
 from moec.target import cpu, cuda, nvidia
 
 AnyTarget: TypeAlias = cpu.CpuTarget | cuda.CudaTarget
@@ -21,7 +21,7 @@ def parse_both(name: str) -> tuple[AnyTarget, cuda.CudaTarget | None]:
     beside = cuda.parse(cuda.KIND + rest)
     target = cpu.parse(first)
     if target.kind == cpu.NULL:
-        raise TargetError(
+        raise TargetNameError(
             f"target {name!r}: {cpu.NULL!r} generates no code that could be combined with it"
         )
     return target, beside
@@ -31,7 +31,7 @@ def parse_for_ranks(name: str) -> AnyTarget:
     """The target of all ranks of a plan: "cpu", or GPUs. Raises TargetError for any other name."""
     target, beside = parse_both(name)
     if beside is not None or (target.kind != cuda.KIND and name != "cpu"):
-        raise TargetError(
+        raise TargetNameError(
             f"target {name!r}: the ranks of a plan run all on CPUs of this machine's kind (cpu), "
             "or all on GPUs (cuda:sm_80,sm_90a): name one of these"
         )

@@ -24,7 +24,7 @@ from typing import Never
 
 import numpy as np
 
-from moec.errors import InputError, MoecError, first_line
+from moec.errors import InputError, MoecError, UsageError, first_line
 from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
@@ -135,14 +135,15 @@ class Engine:
         prompts_first: bool = False,
         prefix_tokens: int = 0,
     ) -> None:
-        """Raises InputError where the model has no `decode`, or `room` exceeds its limit."""
+        """Raises InputError where the model has no `decode`, UsageError where `room` exceeds its
+        limit."""
         package = executor.package
         if package.generation is None:
             raise InputError(f"texts cannot be batched continuously: {package.no_generation}")
         longest = package.generation.longest
         if room < 1 or slots < 1 or (longest is not None and room > longest):
             limit = "any number of" if longest is None else f"at most {longest}"
-            raise InputError(
+            raise UsageError(
                 f"{slots} slots of {room} tokens: there must be at least one of each, and the "
                 f"model takes {limit} tokens"
             )

@@ -133,11 +133,16 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
 def test_a_full_disk_is_told_before_the_work(
     compiler: FakeCompiler, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    result = invoke("compile", tiny_moe, "-o", tmp_path / "out.moec")
-    assert (result.exit_code, compiler.request) == (1, {})
-    assert f"0.000 GB are free in {tmp_path}: free some space" in result.stderr
+    usage, weights = shutil.disk_usage(tmp_path), (tiny_moe / "model.safetensors").stat().st_size
+    least = {"": 1.0, "--passes=-fuse-gate": 1.0, "--dtype f32": 1.0, "--quant int4:64": 1 / 4}
+    least |= {"--quant int8,head=int2": 1 / 8, "--passes +prune-experts(keep=0.5)": 1 / 16}
+    for words, share in least.items():
+        for room, code in ((0.97, 1), (1.03, 0)):
+            free = usage._replace(free=int(room * share * weights / 2))
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: free)
+            result = invoke("compile", tiny_moe, "-o", tmp_path / f"{words}.moec", *words.split())
+            assert result.exit_code == code
+            assert (f"GB are free in {tmp_path}: free some space" in result.stderr) == bool(code)
 
 
 @pytest.mark.parametrize(

@@ -57,5 +57,5 @@ def test_run_says_what_was_guessed(path: Path) -> None:
 @pytest.mark.parametrize("value", ["on", "8", "-1", "1.5"])
 def test_values_that_are_refused(path: Path, value: str) -> None:
     result = run(path, "--speculate", value)
-    assert result.exit_code != 0
+    assert result.exit_code == 2
     assert "it must be auto, off, or from 1 to 7" in result.stderr

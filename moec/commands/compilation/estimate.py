@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from moec import cache
 from moec.commands.output.progress import about
+from moec.files.gguf import is_gguf, read_header
+from moec.files.safetensors import read_entries, weight_files
+from moec.ir.formats.notation import parse_parts
+from moec.passes.core.names import NAMES
 from moec.report.units import size
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ COMPILER, COPIES = 0.98e9, 5
 """Bytes that torch and TVM take, and how many times weights are in memory, verification included:
 `moec compile` had at most 1.02 GB resident with 7 MB of weights (examples/tiny_moe), 1.80 GB with
 147 MB (a layer of 128 experts) and 2.00 GB with 0.22 GB (SmolLM2). No more was measured."""
+LEAST_SHARE = 1 / 16
+"""Of the weights, what passes on request may leave: ternary experts, a few of them."""
 KERNEL_SECONDS = 0.45
 """Seconds per kernel with LLVM on two busy cores: the kernels of tiny_moe took 20.8 s with
 all 32 missing from the cache and 6.1 s with none missing."""
@@ -42,6 +48,22 @@ def bytes_of_files(model: str) -> int:
     path = Path(model)
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)
+
+
+def least_bytes(model: str, options: Mapping[str, Any]) -> int:
+    """The least bytes of a checkpoint's weights after --quant, --dtype and --passes: all of them in
+    the format of fewest bits, or what passes on request may leave."""
+    path, stored = Path(model), bytes_of_files(model)
+    on_request = NAMES[NAMES.index("prune-experts") :]
+    if any(f"+{name}" in (options["passes"] or "") for name in on_request):
+        return int(stored * LEAST_SHARE)
+    formats = parse_parts(options["quant"] or "checkpoint")
+    bits = [each.bits for each in (formats.experts, formats.linears, formats.head) if each]
+    bits += [32 if options["dtype"] == "float32" else 16] if options["dtype"] else []
+    if not bits or not stored:
+        return stored
+    read = read_header(path).tensors if is_gguf(path) else read_entries(weight_files(path))
+    return min(stored, min(bits) * sum(math.prod(each.shape) for each in read.values()) // 8)
 
 
 def _bounded(compiled: CompiledModel, weights: int) -> str:

@@ -15,7 +15,7 @@ import click
 
 from moec.commands.execution.draft import open_draft
 from moec.commands.execution.prompts import completed, continue_prompts
-from moec.commands.options.sampling import sampling_line, sampling_of, sampling_options
+from moec.commands.options.sampling import of_options, sampling_line, sampling_of, sampling_options
 from moec.commands.output.echo import echo
 from moec.errors import SetupError, UsageError
 from moec.files.os_errors import reason
@@ -171,6 +171,7 @@ def write_texts(
     from moec.runtime.text.prompt import load_tokenizer
     from moec.runtime.text.request import BeamOptions, Request
     from moec.runtime.text.sampling import GREEDY
+    from moec.runtime.text.write_text import StopCut
 
     if (why := slow(executor)) and not quiet:
         echo(
@@ -181,15 +182,18 @@ def write_texts(
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
     early: bool | str = {"true": True, "false": False}.get(options.early_stopping, "never")
-    beams = BeamOptions(options.beams, options.length_penalty, early)
-    beams.check_alone(["--stop"] if options.stop else [])
-    sampling = sampling_of(vars(options), tokenizer.sampling if beams.count == 1 else GREEDY)
+    draft = open_draft(options.draft, executor, lambda: tokenizer)
+    with of_options():
+        beams = BeamOptions(options.beams, options.length_penalty, early)
+        beams.check_alone(["--stop"] if options.stop else [])
+        StopCut(options.stop)
+        sampling = sampling_of(vars(options), tokenizer.sampling if beams.count == 1 else GREEDY)
+        request = Request(
+            options.max_new_tokens, sampling, stop, speculate=options.speculate, draft=draft,
+            beams=beams,
+        )  # fmt: skip
     if not quiet and (line := sampling_line(sampling)):
         echo(line, err=True)
-    request = Request(
-        options.max_new_tokens, sampling, stop, speculate=options.speculate,
-        draft=open_draft(options.draft, executor, lambda: tokenizer), beams=beams,
-    )  # fmt: skip
     if options.prompts is not None:
         done = completed(options.resume, prompts) if options.resume else set()
         left = {index: p for index, p in enumerate(prompts) if index not in done}

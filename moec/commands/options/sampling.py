@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from moec.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from moec.runtime.text.sampling import Sampling
@@ -27,6 +30,15 @@ draft_option = click.option(
     "--draft", type=click.Path(path_type=Path), metavar="ARTIFACT",
     help="Guess with this smaller model of the same tokenizer; see --speculate.",
 )  # fmt: skip
+
+
+@contextmanager
+def of_options() -> Iterator[None]:
+    """While open, an input that is refused is an option of the command line."""
+    try:
+        yield
+    except InputError as error:
+        raise UsageError(str(error)) from error
 
 
 def sampling_options(command: F) -> F:
@@ -65,8 +77,9 @@ def sampling_options(command: F) -> F:
 
 def sampling_of(options: Mapping[str, Any], default: Sampling) -> Sampling:
     """How tokens are drawn, by the options that are given under their names, else by the model's
-    default. Raises InputError as `Sampling`."""
-    return default.changed({name: options[name] for name in NAMES if options[name] is not None})
+    default. Raises UsageError where `Sampling` refuses them."""
+    with of_options():
+        return default.changed({name: options[name] for name in NAMES if options[name] is not None})
 
 
 def sampling_line(sampling: Sampling) -> str:

@@ -132,6 +132,7 @@ _EXPLAINED = (
         r"(\d+) not in range \[(\d+), (\w+)\]",
         "--shapes: the example input has an axis of size {0}, which is not within {1}..{2}",
     ),
+    (r"dynamic_shapes(:? .* but .*)", "--shapes{0}"),
 )
 
 

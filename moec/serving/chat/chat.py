@@ -21,7 +21,7 @@ from moec.commands.execution.engine import (
 from moec.commands.execution.memory import store_answer
 from moec.commands.execution.text import decoded
 from moec.commands.options.options import json_option
-from moec.commands.options.sampling import sampling_line, sampling_of, sampling_options
+from moec.commands.options.sampling import of_options, sampling_line, sampling_of, sampling_options
 from moec.commands.output.logs import log_options
 from moec.files.printable import printable
 
@@ -58,6 +58,7 @@ def command(
     check_one_process(artifact)
     from moec.runtime.text.request import Request
     from moec.runtime.text.sampling import Sampling
+    from moec.runtime.text.write_text import StopCut
     from moec.serving.chat.answer import Chat
 
     sampling_of(options, Sampling(temperature=1.0))  # what no model can mend is refused now
@@ -72,8 +73,10 @@ def command(
     sampling = sampling_of(options, model.tokenizer.sampling)
     most, speculate = max_new_tokens or texts.room, options["speculate"]
     draft = open_draft(options["draft"], model.executor, lambda: model.tokenizer)
-    request = Request(most, sampling, ends, speculate=speculate, draft=draft)
-    texts.check([0], replace(request, most=1))  # refused now, not at the first message
+    with of_options():
+        request = Request(most, sampling, ends, speculate=speculate, draft=draft)
+        texts.check([0], replace(request, most=1))  # refused now, not at the first message
+        StopCut(stop)
     chat = Chat(texts, model.tokenizer, request, stop)
     if system is not None:
         chat.add("system", system)

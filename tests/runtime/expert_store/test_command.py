@@ -53,7 +53,7 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 def least(folder: Path) -> int:
     """MB with which the model runs."""
     result = run(folder, "--memory", "1MiB")
-    assert result.returncode
+    assert result.returncode == 1
     needed = re.search(r"memory is 1\.0 MB, and this model needs ([\d.]+) MB", result.stderr)
     assert needed, result.stderr
     return round(float(needed[1]))

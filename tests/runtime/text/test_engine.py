@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import moec
-from moec.errors import InputError
+from moec.errors import InputError, UsageError
 from moec.runtime.artifact.artifact import read
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor, start
@@ -318,7 +318,7 @@ def test_models_and_sizes_that_are_refused(cached: Executor, speaker: Path) -> N
         Engine(without, 2, 8)
     with pytest.raises(InputError, match="processes 63 tokens of a prompt: at least 64"):
         Engine(cached, 2, 64, piece=63)
-    with pytest.raises(InputError, match=r"2 slots of 1025 tokens.* takes at most 1024"):
+    with pytest.raises(UsageError, match=r"2 slots of 1025 tokens.* takes at most 1024"):
         Engine(cached, 2, 1025)
 
 

@@ -219,18 +219,19 @@ def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin", "message"),
+    ("code", "words", "stdin", "message"),
     [
-        (["--prompt", "a", "--prompts", "-"], "", "--prompt and --prompts cannot be combined"),
-        (["--input", "x.npz", "--prompt", "a"], "", "--input and --prompt cannot be combined"),
-        (["--prompts", "none.txt"], "", "--prompts none.txt: there is no such file or folder"),
-        (["--prompts", "-"], "\n", "stdin has no prompt: write one per line"),
-        (["--prompt", "a", "--stop", ""], "", "each must be a string"),
+        (2, ["--prompt", "a", "--prompts", "-"], "", "--prompt and --prompts cannot be combined"),
+        (2, ["--input", "x.npz", "--prompt", "a"], "", "--input and --prompt cannot be combined"),
+        (1, ["--prompts", "none.txt"], "", "--prompts none.txt: there is no such file or folder"),
+        (1, ["--prompts", "-"], "\n", "stdin has no prompt: write one per line"),
+        (2, ["--prompt", "a", "--stop", ""], "", "each must be a string"),
+        (2, ["--prompt", "a", "--top-p", "2"], "", "top_p is 2.0; it must be above 0"),
     ],
 )
-def test_mistakes(path: Path, words: list[str], stdin: str, message: str) -> None:
+def test_mistakes(path: Path, code: int, words: list[str], stdin: str, message: str) -> None:
     done = run(path, *words, stdin=stdin)
-    assert done.exit_code in (1, 2)
+    assert done.exit_code == code
     assert message in done.stderr
 
 
