@@ -57,7 +57,10 @@ def open_onnx(path: Path) -> OnnxModel:
         inputs = _inputs(ports, EXAMPLE)
         _compare(path, module, [inputs, _inputs(ports, OTHERS)])
     except CaptureError as error:
-        raise CaptureError(f"{path}: {error}") from error
+        remedy = "; moec export wrote this file: compile the model that it was written from"
+        raise CaptureError(
+            f"{path}: {error}{remedy if model.producer_name == 'moec' else ''}"
+        ) from error
     notes = (f"{path.name}: read as ONNX Runtime computes it, compared on two drawn inputs",)
     return OnnxModel(module, inputs, {port.name: _axes(port) for port in ports}, notes)
 
