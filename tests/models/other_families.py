@@ -1,13 +1,36 @@
-"""More families of transformers, which moec has no special code for, unmodified.
-
-Text models only; of multimodal families, the text part.
+"""More families of transformers, which moec has no special code for, unmodified: of multimodal ones
+the text part, and some whose attention is not always over all earlier tokens.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.models.families import Family
-from tests.models.fields import DENSE_FIRST, EXPERTS, GROUPS, LOCAL, MLA, ROUTED, WIDTHS
-from tests.models.other_attention import OTHER_ATTENTION
+
+MLA: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+ROUTED: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 2}
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
+LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
+WIDTHS: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 32}
+DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+INDEXER: dict[str, Any] = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+DELTA_RULE: dict[str, Any] = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 16,
+}
 
 OTHER_FAMILIES: dict[str, Family] = {
     "glm4_moe": Family(
@@ -51,20 +74,10 @@ OTHER_FAMILIES: dict[str, Family] = {
         "MiniMaxM2Config",
         {**LOCAL, "intermediate_size": 96, "head_dim": 16},
     ),
-    "hunyuan_v1_moe": Family(
-        "HunYuanMoEV1ForCausalLM",
-        "HunYuanMoEV1Config",
-        {"intermediate_size": 96, "num_experts": 8, "moe_topk": 2, "head_dim": 16},
-    ),
     "granitemoeshared": Family(
         "GraniteMoeSharedForCausalLM",
         "GraniteMoeSharedConfig",
         {**LOCAL, "intermediate_size": 96, "shared_intermediate_size": 48},
-    ),
-    "granitemoe_swa": Family(
-        "GraniteMoeSWAForCausalLM",
-        "GraniteMoeSWAConfig",
-        {**LOCAL, "intermediate_size": 96, "shared_intermediate_size": 48, "sliding_window": 8},
     ),
     "gemma4": Family(
         "Gemma4ForCausalLM",
@@ -82,19 +95,6 @@ OTHER_FAMILIES: dict[str, Family] = {
             "per_layer_config": {"01": {"head_dim": 32}},
         },
     ),
-    "dots1": Family(
-        "Dots1ForCausalLM",
-        "Dots1Config",
-        {
-            **GROUPS,
-            **ROUTED,
-            **WIDTHS,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "sliding_window": 8,
-            "norm_topk_prob": True,
-        },
-    ),
     "lfm2_moe": Family(
         "Lfm2MoeForCausalLM",
         "Lfm2MoeConfig",
@@ -104,29 +104,6 @@ OTHER_FAMILIES: dict[str, Family] = {
             "num_dense_layers": 1,
             "norm_topk_prob": True,
             "layer_types": ["conv", "full_attention"],
-        },
-    ),
-    "flex_olmo": Family(
-        "FlexOlmoForCausalLM",
-        "FlexOlmoConfig",
-        {**EXPERTS, "intermediate_size": 96, "norm_topk_prob": True},
-    ),
-    "dbrx": Family(
-        "DbrxForCausalLM",
-        "DbrxConfig",
-        {
-            "d_model": 64,
-            "n_heads": 4,
-            "n_layers": 2,
-            "max_seq_len": 512,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-            "ffn_config": {
-                "ffn_hidden_size": 32,
-                "moe_num_experts": 8,
-                "moe_top_k": 2,
-                "hidden_size": 64,
-                "ffn_act_fn": {"name": "silu"},
-            },
         },
     ),
     "mimo_v2_flash": Family(
@@ -140,44 +117,6 @@ OTHER_FAMILIES: dict[str, Family] = {
             "head_dim": 16,
             "v_head_dim": 16,
             "sliding_window": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "afmoe": Family(
-        "AfmoeForCausalLM",
-        "AfmoeConfig",
-        {
-            **EXPERTS,
-            **WIDTHS,
-            "num_shared_experts": 1,
-            "head_dim": 16,
-            "num_dense_layers": 1,
-            "sliding_window": 8,
-        },
-    ),
-    "exaone_moe": Family(
-        "ExaoneMoeForCausalLM",
-        "ExaoneMoeConfig",
-        {
-            **GROUPS,
-            **EXPERTS,
-            **WIDTHS,
-            **DENSE_FIRST,
-            "num_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "sliding_window": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "solar_open": Family(
-        "SolarOpenForCausalLM",
-        "SolarOpenConfig",
-        {
-            **GROUPS,
-            **ROUTED,
-            "moe_intermediate_size": 32,
-            "n_shared_experts": 1,
-            "head_dim": 16,
             "norm_topk_prob": True,
         },
     ),
@@ -205,68 +144,10 @@ OTHER_FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
         },
     ),
-    "mistral4": Family(
-        "Mistral4ForCausalLM",
-        "Mistral4Config",
-        {
-            **MLA,
-            **GROUPS,
-            **ROUTED,
-            **WIDTHS,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "norm_topk_prob": True,
-        },
-    ),
-    "hy_v3": Family(
-        "HYV3ForCausalLM",
-        "HYV3Config",
-        {**EXPERTS, **WIDTHS, **DENSE_FIRST, "num_shared_experts": 1, "head_dim": 16},
-    ),
     "qwen3_vl_moe": Family(
         "Qwen3VLMoeTextModel",
         "Qwen3VLMoeTextConfig",
         {**LOCAL, **WIDTHS, "head_dim": 16, "sliding_window": 8},
-    ),
-    "qwen3_omni_moe": Family(
-        "Qwen3OmniMoeThinkerTextModel",
-        "Qwen3OmniMoeTextConfig",
-        {**EXPERTS, **WIDTHS, "sliding_window": 8, "norm_topk_prob": True},
-    ),
-    "glm4v_moe": Family(
-        "Glm4vMoeTextModel",
-        "Glm4vMoeTextConfig",
-        {
-            **GROUPS,
-            **ROUTED,
-            **WIDTHS,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "norm_topk_prob": True,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [2, 1, 1],
-            },
-        },
-    ),
-    "ernie4_5_vl_moe": Family(
-        "Ernie4_5_VLMoeTextModel",
-        "Ernie4_5_VLMoeTextConfig",
-        {
-            **DENSE_FIRST,
-            "intermediate_size": 96,
-            "moe_intermediate_size": [32, 16],
-            "moe_num_experts": 8,
-            "moe_k": 2,
-            "moe_num_shared_experts": 1,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [3, 3, 2],
-            },
-        },
     ),
     "muse_spark": Family(
         "MuseSparkTextModel",
@@ -281,119 +162,88 @@ OTHER_FAMILIES: dict[str, Family] = {
             "layer_rope_theta": [10000.0, 0],
         },
     ),
-    "mellum": Family(
-        "MellumForCausalLM",
-        "MellumConfig",
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {**EXPERTS, **WIDTHS, **DELTA_RULE, **HYBRID, "shared_expert_intermediate_size": 48},
+    ),
+    "kimi_linear": Family(
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
         {
             **LOCAL,
             **WIDTHS,
-            **DENSE_FIRST,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "laguna": Family(
-        "LagunaForCausalLM",
-        "LagunaConfig",
-        {
-            **EXPERTS,
-            **WIDTHS,
-            **DENSE_FIRST,
-            "shared_expert_intermediate_size": 48,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "num_attention_heads_per_layer": [4, 4],
-        },
-    ),
-    "kolibri1": Family(
-        "Kolibri1ForCausalLM",
-        "Kolibri1Config",
-        {
-            **LOCAL,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 48,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "flint": Family(
-        "FlintForCausalLM",
-        "FlintConfig",
-        {
-            **EXPERTS,
-            **WIDTHS,
-            "shared_expert_intermediate_size": 48,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [0],
-        },
-    ),
-    "axk1": Family(
-        "AXK1ForCausalLM",
-        "AXK1Config",
-        {
             **MLA,
-            **GROUPS,
-            **ROUTED,
-            **WIDTHS,
+            **HYBRID,
             **DENSE_FIRST,
-            "n_shared_experts": 1,
-            "norm_topk_prob": True,
+            "q_lora_rank": None,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
         },
     ),
-    "beam": Family(
-        "BeamForCausalLM",
-        "BeamConfig",
-        {
-            **GROUPS,
-            **EXPERTS,
-            **WIDTHS,
-            **DENSE_FIRST,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "deepseek_ocr2": Family(
-        "DeepseekOcr2TextModel",
-        "DeepseekOcr2TextConfig",
-        {**GROUPS, **ROUTED, **WIDTHS, **DENSE_FIRST, "n_shared_experts": 1, "head_dim": 16},
-    ),
-    "unlimited_ocr": Family(
-        "UnlimitedOcrTextModel",
-        "UnlimitedOcrTextConfig",
-        {
-            **GROUPS,
-            **ROUTED,
-            **WIDTHS,
-            **DENSE_FIRST,
-            "n_shared_experts": 1,
-            "head_dim": 16,
-            "sliding_window": 8,
-        },
-    ),
-    "step3p7": Family(
-        "Step3p7TextModel",
-        "Step3p7TextConfig",
-        {**ROUTED, **WIDTHS, **DENSE_FIRST, "head_dim": 16, "sliding_window": 8},
-    ),
-    "minimax_m3_vl": Family(
-        "MiniMaxM3VLForCausalLM",
-        "MiniMaxM3VLTextConfig",
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
         {
             **LOCAL,
-            **DENSE_FIRST,
             "intermediate_size": 96,
             "shared_intermediate_size": 48,
-            "head_dim": 16,
-            "index_head_dim": 16,
-            "index_n_heads": 2,
-            "dense_intermediate_size": 96,
-            "rotary_dim": 8,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
         },
     ),
-    **OTHER_ATTENTION,
+    "nemotron_h": Family(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **ROUTED,
+            "layers_block_type": ["mamba", "moe", "attention"],
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 48,
+        },
+    ),
+    "jamba": Family(
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **EXPERTS,
+            "intermediate_size": 96,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+        },
+    ),
+    "minimax": Family(
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        {**LOCAL, **HYBRID, "intermediate_size": 96, "head_dim": 16, "block_size": 16},
+    ),
+    "longcat_flash": Family(
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        {
+            **MLA,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 6,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "head_dim": 8,
+        },
+    ),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {**MLA, **GROUPS, **ROUTED, **WIDTHS, **DENSE_FIRST, **INDEXER},
+    ),
 }
