@@ -27,13 +27,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import moec
+from benchmarks.plans.replay import simulate
 from benchmarks.records import add_record_options, record_if_asked
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, Model, read_model
 from moec.plan.inputs.workload import Workload, normalised, of_distribution
 from moec.plan.network.cluster import Cluster, read_cluster
 from moec.plan.search.planner import Planner
-from moec.plan.simulation.simulate import of_trace, simulate
+from moec.plan.simulation.simulate import of_trace
 from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 
+from benchmarks.plans.replay import simulate
 from moec.plan.inputs.model import Layers, Model, read_model
 from moec.plan.inputs.workload import Workload, of_distribution
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.search.planner import Planner
-from moec.plan.simulation.simulate import drawn, simulate
+from moec.plan.simulation.simulate import drawn
 
 LAYERS = 61
 SIZES = ((8, 8), (64, 64), (256, 256), (1_024, 256), (4_096, 256), (10_000, 200))

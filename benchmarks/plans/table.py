@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec.structs import replace
 
+from benchmarks.plans.replay import simulate
 from moec.errors import UsageError
 from moec.plan.inputs.files import preset_names
 from moec.plan.inputs.model import Model, read_model
@@ -29,7 +30,7 @@ from moec.plan.network.cluster import Cluster, read_cluster
 from moec.plan.placement.eplb import rebalance
 from moec.plan.plan import Plan
 from moec.plan.search.planner import Planner, best_uniform
-from moec.plan.simulation.simulate import Ids, drawn, of_trace, simulate
+from moec.plan.simulation.simulate import Ids, drawn, of_trace
 from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 CLUSTERS = ("cpu-8-nodes", "superpod-32", "superpod-128")

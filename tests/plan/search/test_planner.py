@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from benchmarks.plans.replay import simulate
 from moec.errors import UsageError
 from moec.plan.inputs.model import Layers, Model, read_model
 from moec.plan.inputs.workload import Workload, of_distribution
@@ -15,7 +16,7 @@ from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.network.degrees import Degrees
 from moec.plan.plan import LayerPlan
 from moec.plan.search.planner import Planner, best_uniform
-from moec.plan.simulation.simulate import drawn, simulate, traffic
+from moec.plan.simulation.simulate import drawn, traffic
 
 
 def planner(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.plans.replay import simulate
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, Model
 from moec.plan.inputs.workload import Workload, normalised
@@ -17,7 +18,7 @@ from moec.plan.placement.placement import place
 from moec.plan.plan import Plan
 from moec.plan.search.planner import Planner, best_uniform
 from moec.plan.search.reach import LayerReach
-from moec.plan.simulation.simulate import drawn, of_trace, simulate
+from moec.plan.simulation.simulate import drawn, of_trace
 from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 LAYER = Layers(attention=4 * 1024**2, heads=16, experts=64, k=4, hidden=1024, matrices=2)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.plans.replay import simulate
 from moec.errors import UsageError
 from moec.plan.inputs.model import read_model
 from moec.plan.placement.placement import place
@@ -15,7 +16,6 @@ from moec.plan.simulation.simulate import (
     alias_tables,
     draw_choices,
     drawn,
-    simulate,
     tables,
     traffic,
 )
