@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
 import moec
@@ -206,3 +207,25 @@ def test_what_branches_on_data_count_is_refused(listed: bool, why: str) -> None:
     torch.manual_seed(0)
     with pytest.raises(CaptureError, match=why):
         capture(Busy(listed), (torch.randn(6, 8),))
+
+
+class Remembering(nn.Module):
+    """Returns a cache that keeps the last three of its tokens, and counts all."""
+
+    def forward(self, x: torch.Tensor) -> DynamicSlidingWindowLayer:
+        layer = DynamicSlidingWindowLayer(4)
+        layer.update(x[:, None], 2 * x[:, None])
+        return layer
+
+
+def test_a_cache_of_transformers_comes_back() -> None:
+    """Its first keys are `torch.tensor([])`: torch takes a sum with them apart, and must not give
+    the slice behind it the example's length."""
+    compiled = moec.compile(Remembering(), (torch.randn(2, 7, 8),))
+    for length in (1, 2, 3, 4, 20):
+        x = torch.randn(3, length, 8)
+        layer, right = compiled(x), Remembering()(x)
+        assert isinstance(layer, DynamicSlidingWindowLayer)
+        assert layer.cumulative_length == length
+        assert torch.equal(layer.keys, right.keys)
+        assert torch.equal(layer.values, right.values)

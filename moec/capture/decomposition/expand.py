@@ -45,6 +45,7 @@ from moec.torch_private import (
     local_scalar_dense,
     make_fx,
     place,
+    symbolic_config,
     update_program,
 )
 
@@ -208,11 +209,13 @@ _BAGS = (torch.ops.aten.embedding_bag.padding_idx, torch.ops.aten.embedding_bag.
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
     _check_bags(program)
+    # As in the export: else torch gives `x[:, -7:]` the length that it has in the example.
+    symbolic = symbolic_config.patch(backed_size_oblivious=True)
     with warnings.catch_warnings(), dynamo_config.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore", FutureWarning)  # of torch about its own classes
         try:
             program = as_buffers(program)
-            return expand(program) or program.run_decompositions(decompositions())
+            return expand(program) or symbolic(program.run_decompositions)(decompositions())
         except Exception as error:
             raise CaptureError(_refusal(program, error)) from error
 

@@ -36,6 +36,9 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.de
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ITEMS = (torch.Tensor, int, float, torch.SymInt, torch.SymFloat)
 
+_CACHES = "transformers.cache_utils"
+"""The module of caches of keys and values and of their layers, which are records too."""
+
 Holder = Callable[[Any], torch.Tensor | None]
 """Computes a tensor [] of a symbolic number; None where it cannot."""
 
@@ -173,8 +176,8 @@ def _fields(tree: Any) -> Mapping[str, Any] | None:
         return tree
     if pytree.is_namedtuple_instance(tree):
         return cast(Mapping[str, Any], tree._asdict())
-    if isinstance(tree, SimpleNamespace):
-        return vars(tree)
+    if isinstance(tree, SimpleNamespace) or type(tree).__module__ == _CACHES:
+        return cast(Mapping[str, Any], vars(tree))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type | _Slot):
         return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     return None
