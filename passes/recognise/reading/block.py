@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from moec.dtypes import FLOATS
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.passes.proof.input_generators import Feed
@@ -91,19 +92,20 @@ class Proposal:
 
 def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
     """Emits the ops of the block. Returns the value that replaces `block.output`."""
-    x = emit.rows(emit.old(block.x))
-    beside = [emit.rows(emit.old(value)) for value in block.shared]
+    x, *beside = (emit.rows(emit.old(value)) for value in (block.x, *block.shared))
     choice = block.experts(emit)
     if block.capacity:
         choice = _limited(block.capacity, block.num_experts, choice, emit)
     weights = block.weights(emit) if block.weights else None
+    if weights is not None and weights.dtype not in FLOATS:  # masks or counts
+        weights = emit.cast(weights, block.output.dtype)
     body, prepared = canonical(with_columns(block.body), block.num_experts)
     stacks = [stacked(block.stacks[p.source](emit), p, emit) for p in prepared]
     dispatched = [side_by_side([x, *beside], emit), choice]
     if block.input_side and weights is not None:
         dispatched.append(weights)
     attrs: dict[str, Attr] = {"num_experts": block.num_experts}
-    stem = block.output.name
+    stem, tokens = block.output.name, product(block.output.shape[:-1])
     rows, order, ends = emit("moe.dispatch", dispatched, attrs=attrs, named=f"{stem}_rows")
     (outputs,) = emit(
         "moe.experts",
@@ -113,21 +115,19 @@ def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
         named=f"{stem}_out",
     )
     combined = [outputs, order]
-    k = block.top_k
-    tokens = product(block.output.shape[:-1])
-    attrs = {"k": k, "tokens": tokens, "dtype": DType(block.output.dtype)}
+    attrs = {"k": block.top_k, "tokens": tokens, "dtype": DType(block.output.dtype)}
     if weights is not None and not block.input_side:
         combined.append(weights)
         attrs["weighted"] = True
     (y,) = emit("moe.combine", combined, attrs=attrs, named=stem)
     if block.zero is not None:
-        zero_output = _zero(block.zero, block, x, choice, weights, emit)
-        (y,) = emit("aten.add.Tensor", [y, zero_output], [y.type])
+        zero = _zero(block.zero, block, x, choice, weights, emit)
+        (y,) = emit("aten.add.Tensor", [y, zero], [y.type])
     y = emit.reshape(y, block.output.shape)
-    if block.addend is None:
-        return y
-    inputs = [emit.old(block.addend), y]
-    return emit("aten.add.Tensor", inputs, [block.output.type], named=stem)[0]
+    if block.addend is not None:
+        addends = [emit.old(block.addend), y]
+        (y,) = emit("aten.add.Tensor", addends, [block.output.type], named=stem)
+    return y
 
 
 def _limited(capacity: RecognisedCapacity, count: int, choice: Value, emit: RegionEmitter) -> Value:
@@ -151,8 +151,8 @@ def _limited(capacity: RecognisedCapacity, count: int, choice: Value, emit: Regi
 
 def _order(values: Value, descending: bool, emit: RegionEmitter) -> Value:
     types = [values.type, TensorType("i64", values.shape)]
-    attrs: dict[str, Attr] = {"descending": True} if descending else {}
-    return emit("aten.sort.default", [values], types, attrs=attrs)[1]
+    how = {"descending": True} if descending else None
+    return emit("aten.sort.default", [values], types, attrs=how)[1]
 
 
 def _zero(

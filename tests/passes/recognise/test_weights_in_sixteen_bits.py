@@ -39,3 +39,29 @@ def test_numbers(dtype: torch.dtype) -> None:
         right = module(x)
     bound = 2 * torch.finfo(dtype).eps * float(right.abs().max())
     assert float((y - right).abs().max()) <= bound
+
+
+class Counted(nn.Module):
+    """Each sequence has a mask or a count of each expert in place of weights."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.experts, self.counts = nn.ModuleList(nn.Linear(D, D) for _ in range(2)), counts
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            weight = (ids == number).long() + (ids > number) if self.counts else ids >= number
+            y = y + expert(x) * weight[:, None, None]
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("counts", [False, True])
+def test_masks_and_counts_as_weights(counts: bool, dtype: torch.dtype) -> None:
+    """Kernels have no rows of bool or of whole numbers to multiply by."""
+    torch.manual_seed(0)
+    module, x = Counted(counts).eval().to(dtype), torch.randn(2, 5, D, dtype=dtype)
+    compiled = moec.compile(module, (x, torch.tensor([1, 0])))
+    assert [block.top_k for block in compiled.blocks] == [2]
+    assert compiled(x[:1], torch.tensor([-3])).abs().max() == 0
