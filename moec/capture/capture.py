@@ -37,6 +37,7 @@ from moec.capture.ways import (
     CaptureWay,
     WidenedForm,
     masked_form,
+    remembering,
     speculated_form,
 )
 from moec.errors import CaptureError
@@ -131,7 +132,7 @@ def _traced(
             "computed; use torch.where in place of Python's conditions"
         )
     other = partial(_speculated, request, first)
-    captured = _captured(request, WidenedForm(TRACED, general, form), other)
+    captured = _captured(request, WidenedForm(remembering(TRACED), general, form), other)
     example = excluded(captured.program, request.call.tensors, general, request.bounds)
     return _traced(request, first, (*wrong, *example)) if example else captured
 
@@ -162,7 +163,7 @@ def _speculated(request: CaptureRequest, general: Widened) -> Captured:
         rows = speculated_form(request, general, request.call.tensors)
     next_way = _in_pieces if rows.traced.lists_classes else _masked
     other = partial(next_way, request, general, rows)
-    captured = _captured(request, WidenedForm(BY_CLASS, general, rows.form), other)
+    captured = _captured(request, WidenedForm(remembering(BY_CLASS), general, rows.form), other)
     groups = excluded(captured.program, request.call.tensors, general, request.bounds)
     if not groups or general.first:
         return captured
@@ -178,7 +179,7 @@ def _in_pieces(request: CaptureRequest, general: Widened, rows: SpeculatedForm) 
             pieces = speculated_form(request, general, request.call.tensors, by_class=False)
     except CaptureError:
         return masks()
-    return _captured(request, WidenedForm(IN_PIECES, general, pieces.form), masks)
+    return _captured(request, WidenedForm(remembering(IN_PIECES), general, pieces.form), masks)
 
 
 def _masked(request: CaptureRequest, general: Widened, rows: SpeculatedForm) -> Captured:
@@ -186,7 +187,7 @@ def _masked(request: CaptureRequest, general: Widened, rows: SpeculatedForm) -> 
     express what the module does with rows."""
     with PROCESS_STATE, gc_paused():
         form = masked_form(request, general, rows, request.call.tensors)
-    return _captured(request, WidenedForm(MASKED, general, form))
+    return _captured(request, WidenedForm(remembering(MASKED), general, form))
 
 
 def _captured(
@@ -218,7 +219,9 @@ def _captured(
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)
     other_lengths = [
         fixed_at_one(at_lengths(general, inputs, sizes))
-        for sizes in sizes_beyond(program, settlement.limiting, tensors, request.bounds)
+        for sizes in sizes_beyond(
+            program, settlement.limiting, form.converted.guards, tensors, request.bounds
+        )
     ] + ([general.first] if general.first else [])
     return Captured(
         program,

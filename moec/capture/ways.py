@@ -34,6 +34,7 @@ from moec.capture.sizes.fixed_axes import causes
 from moec.capture.sizes.guards import CaptureForm, ConvertedExport, guards_of
 from moec.capture.sizes.widen import Widened
 from moec.capture.speculate import SpeculatedForm, masked, refuse_random, speculate
+from moec.errors import CaptureError
 from moec.ir.interpret.outputs import Structure
 
 Example = tuple[torch.Tensor, ...]
@@ -47,6 +48,25 @@ class CaptureWay:
 
     name: WayName
     capture_at: Callable[[CaptureRequest, Widened], CaptureForm]
+
+
+def remembering(way: CaptureWay) -> CaptureWay:
+    """The way with its answers remembered: many guards have their other sides at equal lengths."""
+    answers: dict[str, CaptureForm | CaptureError] = {}
+
+    def capture_at(request: CaptureRequest, general: Widened) -> CaptureForm:
+        lengths = str((general.groups, [tensor.shape for tensor in general.tensors]))
+        if lengths not in answers:
+            try:
+                answers[lengths] = way.capture_at(request, general)
+            except CaptureError as error:
+                answers[lengths] = error
+        answer = answers[lengths]
+        if isinstance(answer, CaptureError):
+            raise answer
+        return answer
+
+    return CaptureWay(way.name, capture_at)
 
 
 @dataclass(frozen=True)

@@ -269,19 +269,20 @@ def _wider(
 
 def sizes_beyond(
     program: Program,
+    limiting: Sequence[Guard],
     guards: Sequence[Guard],
     example: Sequence[torch.Tensor],
     limits: Mapping[str, Bounds],
 ) -> tuple[Sizes, ...]:
-    """Sizes outside of the program's bounds, near those of `example`: where each of the `guards`
-    that limit it is false, and 1 for each size, or for those of a product, that may not be 1.
-    `limits` are the user's."""
+    """Sizes outside of the program's bounds, near those of `example`: where each of the guards that
+    limit it is false, and most others of its `guards` hold, and 1 for each size, or for those of a
+    product, that may not be 1. `limits` are the user's."""
     here, bounds = sizes_of(program, example), program.graph.bounds
     beyond = []
-    for guard in guards:
+    for guard in limiting:
         others = [truth_of(other.condition) for other in guards if other is not guard]
         nearest = [*_beyond(guard, limits, here, _MOVED)]
-        nearest.sort(key=lambda sizes: not all(other.holds(sizes) for other in others))
+        nearest.sort(key=lambda sizes: sum(not other.holds(sizes) for other in others))
         beyond += nearest[:1]
     products = (truth_of(parse_dim(name)).names for name in bounds if bounds[name].low == 2)
     ones = (names for names in products if names <= here.keys() - limits.keys())

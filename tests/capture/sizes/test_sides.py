@@ -396,3 +396,15 @@ def test_a_capacity_that_no_division_gives_in_single_precision_is_refused() -> N
 
     with pytest.raises(CaptureError, match="rounds as no integer division"):
         capture(Function(gate), (torch.randn(24, 8),))
+
+
+def test_another_side_is_captured_where_other_guards_hold() -> None:
+    """At 128 rows exactly nothing is left over, and what is computed of the rest is another side
+    again."""
+    size = symbol("S")
+    graph = capture(Function(lambda x: x + 1), (torch.randn(2, 6, 8),)).program
+    limiting = Guard(sympy.Lt(size, 128))
+    guards = (limiting, Guard(sympy.Ne(sympy.Mod(size, 4), 0)))
+    example = (torch.randn(2, 6, 8),)
+    (sizes,) = sides.sizes_beyond(graph, [limiting], guards, example, {"B": Bounds(2)})
+    assert sizes["S"] == 129
