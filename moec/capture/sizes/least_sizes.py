@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moec.capture.calls.trials import Undone
+from moec.capture.sizes.false_sizes import can_run
 from moec.capture.sizes.guards import Guard
 from moec.ir.graph import Program
 from moec.ir.interpret.outputs import VaryingOutput
@@ -79,7 +80,8 @@ class LeastSizes:
             return answer
         others = [name for name in self.program.graph.bounds if name.isidentifier()]
         longer = ({name: size} for name in others if name not in names for size in _OTHERS)
-        tried = (sizes for sizes in longer if self._allow(names, {**ones, **sizes}))
+        here = sizes_of(self.program, at_one)
+        tried = (s for s in longer if self._allow(names, {**ones, **s}) and can_run({**here, **s}))
         resized = (at_sizes(self.program, at_one, sizes) for sizes in tried)
         return all(agree(self.program, self.eager, case) is not False for case in resized)
 
