@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
+    DiffusionGemmaForBlockDiffusion,
+)
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeTalkerModel
 
 import moec
 from benchmarks.models.small_config import small_config
@@ -63,24 +68,26 @@ def moe_types() -> Iterator[str]:
 
 
 def model_class(name: str, of: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """The class that the auto classes have for a type, or of its file, that which has its config.
-    Raises ValueError where there is none."""
-    names = next((each[name] for each in CLASSES if name in each), "")
+    """The class that has the type's own config: of those that the auto classes have for it, or of
+    its file, a whole model before one of its parts. Raises ValueError where there is none."""
+    entries = [each[name] for each in CLASSES if name in each]
+    chosen = [getattr(transformers, each if isinstance(each, str) else each[0]) for each in entries]
     module = importlib.import_module(of.__module__.replace("configuration_", "modeling_"))
     models = [each for each in vars(module).values() if isinstance(each, type)]
-    models = [each for each in models if getattr(each, "config_class", None) is of]
-    models.sort(key=lambda each: not each.__name__.endswith("TextModel"))
-    first = names if isinstance(names, str) else names[0]
-    if first:
-        chosen: type[PreTrainedModel] = getattr(transformers, first)
-        return chosen
-    if not models:
-        raise ValueError("transformers has no model class for it")
-    return models[0]
+    models = [each for each in models if "forward" in vars(each)]
+    order = ("ForConditionalGeneration", "TextModel", "Model", "")
+    models.sort(key=lambda each: len(each.__name__))
+    models.sort(key=lambda each: [each.__name__.endswith(end) for end in order].index(True))
+    for each in (*chosen, *models):
+        if getattr(each, "config_class", None) is of:
+            model: type[PreTrainedModel] = each
+            return model
+    raise ValueError("transformers has no model class with a forward for it")
 
 
 def build(name: str) -> PreTrainedModel:
-    """A small model of that type, whose norms and biases are random too."""
+    """A small model of that type, whose norms and biases are random too, and its experts where
+    transformers leaves their memory as it was."""
     config = small_config(CONFIG_MAPPING[name])
     torch.manual_seed(0)
     model = model_class(name, type(config))(config)
@@ -88,6 +95,8 @@ def build(name: str) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
+            elif not parameter.isfinite().all() or not (parameter.abs() > 1e-30).any():
+                parameter.normal_(std=0.02)
     return model.eval()
 
 
@@ -113,6 +122,23 @@ def text_of(compiled: moec.CompiledModel, model: PreTrainedModel) -> str:
     return "differs"
 
 
+def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Two texts of 7 tokens, or what the model takes in their place."""
+    ids = torch.randint(TOKENS.start, TOKENS.stop, (2, 7))
+    if model.main_input_name == "pixel_values":  # the experts are chosen by data set
+        height, width = model.config.image_size
+        return {"pixel_values": torch.randn(2, 3, height, width), "dataset_index": ids[:, 0] % 2}
+    if isinstance(model, Qwen3OmniMoeTalkerModel):  # it has no embedding of texts
+        return {"inputs_embeds": torch.randn(2, 7, model.config.hidden_size), "use_cache": False}
+    if isinstance(model, DiffusionGemmaForBlockDiffusion):  # a step of denoising 5 tokens
+        return {"input_ids": ids, "decoder_input_ids": ids.flip(1)[:, :5]}
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": ids, "use_cache": False}
+    masks = ("attention_mask", "decoder_attention_mask")
+    ones = {name: torch.ones(2, 7, dtype=torch.int64) for name in masks}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1), "use_cache": False, **ones}
+
+
 def compile_type(name: str) -> dict[str, Cell]:
     """The row of a type."""
     row: dict[str, Cell] = {"type": name, "compiles": "no", "routers": "", "text": "", "note": ""}
@@ -121,14 +147,9 @@ def compile_type(name: str) -> dict[str, Cell]:
     except Exception as error:  # whatever transformers raises for a config that it has no use for
         return {**row, "note": f"not tried: {str(error).splitlines()[0]}"}
     row["class"] = type(model).__name__
-    inputs = {"input_ids": torch.randint(TOKENS.start, TOKENS.stop, (2, 7)), "use_cache": False}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.randint(TOKENS.start, TOKENS.stop, (2, 7))
-        masks = ("attention_mask", "decoder_attention_mask")
-        inputs |= {name: torch.ones(2, 7, dtype=torch.int64) for name in masks}
     start = cpu_seconds()
     try:
-        compiled = moec.compile(model, (), inputs)
+        compiled = moec.compile(model, (), inputs_of(model))
     except MoecError as error:
         first = " ".join(str(error).splitlines()[:2])
         return {**row, "CPU s": round(cpu_seconds() - start, 1), "note": first}

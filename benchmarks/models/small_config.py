@@ -39,7 +39,7 @@ NAMES: dict[int, str] = {
     "shared_intermediate_size",
     64: "hidden_size moe_hidden_size d_model out_hidden_size text_hidden_size expert_capacity "
     "projection_hidden_size vision_hidden_size thinker_hidden_size output_dim adapter_in_dim "
-    "adapter_input_size audio_hidden_size",
+    "adapter_input_size adapter_out_dim audio_hidden_size",
     96: "intermediate_size dense_intermediate_size intermediate_size_mlp ffn_hidden_size d_ff "
     "encoder_ffn_dim decoder_ffn_dim",
     150: "unpadded_vocab_size",
@@ -96,10 +96,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LongcatFlashConfig": {"num_key_value_heads": 4, "head_dim": 8},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 151652},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 48},
     "RadioConfig": {"video_temporal_patch_size": 2},
     "Step3p7TextConfig": {"sliding_window": 8},
-    "VitPoseBackboneConfig": {"image_size": [32, 32], "patch_size": [8, 8]},
+    "VitPoseBackboneConfig": {"image_size": [32, 32], "patch_size": [8, 8], "num_experts": 2},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 
