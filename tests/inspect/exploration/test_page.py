@@ -255,6 +255,11 @@ def test_search(model_page: str, open_page: Open) -> None:
     expect(page.get_by_label("Search")).to_have_value("")
     page.keyboard.press("Escape")
     expect(page.locator(".picture")).to_be_visible()
+    page.get_by_label("Search").fill("moe.route")  # which a later pass replaces
+    expect(page.locator("main h2").first).to_have_text("2 ops in main, after join-calls")
+    expect(page.locator("main p").first).to_have_text("None after fold-permutes.")
+    page.locator("main .row").first.click()
+    expect(page.locator("#details h2")).to_have_text("moe.route")
 
 
 def test_keys(model_page: str, open_page: Open) -> None:

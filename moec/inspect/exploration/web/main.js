@@ -14,14 +14,16 @@ const query=$('query');
 // Search.
 let texts=null;
 function results(words){
-  const f=G.f,step=G.step,ids=graphAt(f,step),match=t=>words.every(w=>t.includes(w));
+  const f=G.f,steps=D.functions[f].steps,match=t=>words.every(w=>t.includes(w));
   texts??=new Array(D.ops.length);
-  const hits=[];
-  ids.forEach((id,at)=>{
-    texts[id]??=`${irText(id)} ${word(id,MODULE)} ${word(id,LINE)}`.toLowerCase();
-    if(match(texts[id]))hits.push(at);
-  });
-  const out=[el('h2',{},`${plural(hits.length,'op')} in ${D.functions[f].name}, ${D.functions[f].steps.length>1?`${of} ${D.functions[f].steps[step].name}`:'the last graph'}`)];
+  const found=step=>graphAt(f,step).flatMap((id,at)=>
+    match(texts[id]??=`${irText(id)} ${word(id,MODULE)} ${word(id,LINE)}`.toLowerCase())?[at]:[]);
+  let step=G.step,hits=found(step);
+  while(!hits.length&&step>0)hits=found(--step);  // a pass may have replaced them
+  if(!hits.length)step=G.step;
+  const ids=graphAt(f,step),where=i=>steps.length>1?`${of} ${steps[i].name}`:'the last graph';
+  const out=[el('h2',{},`${plural(hits.length,'op')} in ${D.functions[f].name}, ${where(step)}`)];
+  if(step!==G.step)out.push(el('p',{},`None ${where(G.step)}.`));
   const list=el('div');
   chunks(list,hits.length,n=>{const r=row(f,step,hits[n]);r.onclick=()=>{query.value='';jump(f,step,hits[n])};
     r.lastChild.textContent=[word(ids[hits[n]],MODULE),word(ids[hits[n]],LINE).split(': `')[0]].filter(Boolean).join('  ·  ');return r});
