@@ -27,12 +27,12 @@ from moec.files.os_errors import reason
 from moec.files.printable import printable
 from moec.spelling import did_you_mean
 
-# Short descriptions, so that `moec --help` and completion need not import the commands.
+# Their descriptions, so that `moec --help` and completion need not import the commands.
 COMMANDS = {
     "compile": ("moec.commands.compile", "Compile a model into an artifact."),
-    "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
-    "chat": ("moec.serving.chat.chat", "Chat with an artifact in the terminal."),
-    "serve": ("moec.serving.serve", "Serve an artifact over HTTP, as OpenAI does."),
+    "run": ("moec.commands.run", "Run an artifact or a model on inputs, or on a prompt."),
+    "chat": ("moec.serving.chat.chat", "Chat with an artifact or a model in the terminal."),
+    "serve": ("moec.serving.serve", "Serve artifacts or models over HTTP, as OpenAI does."),
     "export": ("moec.commands.export", "Write a model as an ONNX or a GGUF file."),
     "convert": ("moec.commands.convert", "Quantise a checkpoint for other runtimes."),
     "optimize": (
@@ -60,8 +60,8 @@ COMMANDS = {
     "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
     "routing": ("moec.commands.routing", "Show which experts a recorded routing chose."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to fix what is wrong."),
-    "cache": ("moec.commands.cache", "Show or clear the cache of compiled code."),
-    "list": ("moec.commands.list", "List passes, targets or models."),
+    "cache": ("moec.commands.cache", "Show, prune or clear the cache of compiled code and models."),
+    "list": ("moec.commands.list", "List passes, targets, models or formats."),
 }
 _USERS_OWN = {
     getattr(errno, name)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
 
 
-@click.command("bench", short_help="Time prefill and decode, and compare with other runtimes.")
+@click.command("bench")
 @click.argument("model", metavar="MODEL_OR_ARTIFACT", required=False)
 @serve_options
 @click.option(

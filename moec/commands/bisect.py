@@ -22,7 +22,7 @@ from moec.commands.output.logs import log_options
 from moec.errors import Exit
 
 
-@click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
+@click.command("bisect")
 @click.argument("model")
 @click.option(
     "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: 2e-4."

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from moec.cache import Entry
 
 
-@click.group(
-    "cache", short_help="Show or clear the cache of compiled code.", invoke_without_command=True
-)
+@click.group("cache", invoke_without_command=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:

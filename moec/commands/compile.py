@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 
-@click.command("compile", short_help="Compile a model into an artifact.")
+@click.command("compile")
 @click.argument("model")
 @click.option(
     "-o",

@@ -19,7 +19,7 @@ from moec.files.whole_folder import check_new_folder
 from moec.report.units import counted, size
 
 
-@click.command("convert", short_help="Quantise a checkpoint for other runtimes.")
+@click.command("convert")
 @click.argument("model")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where to write it."

@@ -8,7 +8,7 @@ from moec.commands.options.options import json_option
 from moec.errors import Exit
 
 
-@click.command("doctor", short_help="Check this machine and say how to fix what is wrong.")
+@click.command("doctor")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:

@@ -43,7 +43,7 @@ OF_GGUF = {
 """Options that a GGUF file has; the others are of ONNX files."""
 
 
-@click.command("export", short_help="Write a model as an ONNX or a GGUF file.")
+@click.command("export")
 @click.argument("model")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The .onnx or .gguf file to write."

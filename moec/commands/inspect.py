@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moec.report.report import Report
 
 
-@click.command("inspect", short_help="Show the MoE blocks of a model or an artifact.")
+@click.command("inspect")
 @click.argument("model", metavar="MODEL_OR_ARTIFACT")
 @click.option(
     "--graph", "picture", type=OutputFile(".dot"), metavar="FILE.dot",

@@ -21,7 +21,7 @@ _NAMES = {"pass", "gives", "target", "model", "class", "from", "kind", "format"}
 """Columns that are never wrapped, so that their values can be copied and searched."""
 
 
-@click.command("list", short_help="List passes, targets, models or formats.")
+@click.command("list")
 @click.argument("what", type=OneOf(["passes", "targets", "models", "formats"]))
 @click.argument("name", required=False)
 @json_option

@@ -30,7 +30,7 @@ OF_MEMORY = ("model", "memory", "trace", "as_json")
 OUT = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command("plan", short_help="Plan how a model runs on many devices.")
+@click.command("plan")
 @click.argument("model")
 @click.option(
     "--cluster", metavar="NAME|FILE", help="The cluster to plan for: a preset or a YAML file."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OUT = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command("routing", short_help="Show which experts a recorded routing chose.")
+@click.command("routing")
 @click.argument("source", type=Path, metavar="FILE")
 @click.option(
     "--picture", type=OUT, metavar="FILE",

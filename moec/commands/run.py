@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moec.runtime.call.executor import Executor
 
 
-@click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
+@click.command("run")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @memory_option
 @text_options

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moec.runtime.artifact.part_writers import Buffer
 
 
-@click.command("sign", short_help="Sign an artifact, so that who runs it can check its author.")
+@click.command("sign")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--key", type=click.Path(path_type=Path), required=True, metavar="FILE",

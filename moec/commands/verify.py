@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
 
 
-@click.command("verify", short_help="Check an artifact without running it.")
+@click.command("verify")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @signed_by_option
 @json_option

@@ -33,7 +33,7 @@ NO_EMBEDDINGS = "embeddings need moec compile --embeddings, and moec serve witho
 UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 
 
-@click.command("serve", short_help="Serve an artifact over HTTP, as OpenAI does.")
+@click.command("serve")
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(

@@ -31,6 +31,8 @@ def test_help_lists_every_command() -> None:
     assert result.exit_code == 0
     for name in front.COMMANDS:
         assert f"  {name} " in result.stdout
+    assert "List passes, targets, models or formats." in result.stdout
+    assert "Run an artifact or a model on inputs" in result.stdout
 
 
 @pytest.mark.parametrize("name", sorted(front.COMMANDS))

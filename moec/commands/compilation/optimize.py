@@ -27,7 +27,7 @@ from moec.errors import UsageError
 from moec.runtime.process.threads import shorten_spinning
 
 
-@click.command("optimize", short_help="Choose the formats of weights for a memory or a quality.")
+@click.command("optimize")
 @click.argument("model")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path),

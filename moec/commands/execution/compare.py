@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OF_ARTIFACTS = ("a", "b", "inputs", "prompt", "prompt_tokens", "time", "output", "as_json", "quiet")
 
 
-@click.command("compare", short_help="Compare two artifacts, or a model and one.")
+@click.command("compare")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(

@@ -17,7 +17,7 @@ from moec.files.regular_file import read_regular
 FILE = click.Path(path_type=Path)
 
 
-@click.command("eval", short_help="Measure perplexity, KL and accuracy of models.")
+@click.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL_OR_ARTIFACT...")
 @click.option("--text", type=FILE, metavar="FILE", help="Text that the models are to predict.")
 @click.option(

@@ -30,7 +30,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 OF_ARTIFACTS = ("model", "trace", "profile", "plan", "output", "port", "quiet")
 
 
-@click.command("explore", short_help="Look inside a model or an artifact in a browser.")
+@click.command("explore")
 @click.argument("model", metavar="ARTIFACT|MODEL")
 @click.option(
     "--trace", type=FILE, metavar="FILE.npz",

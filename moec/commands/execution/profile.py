@@ -14,7 +14,7 @@ from moec.commands.output.echo import echo
 from moec.errors import UsageError
 
 
-@click.command("profile", short_help="Time each kernel of an artifact.")
+@click.command("profile")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "-i", "--input", "source", type=click.Path(path_type=Path), metavar="FILE",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moec.serving.chat.answer import Chat
 
 
-@click.command("chat", short_help="Chat with an artifact in the terminal.")
+@click.command("chat")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--system", metavar="TEXT", help="The system message, which comes before all others.")
 @click.option(
