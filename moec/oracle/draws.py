@@ -290,10 +290,8 @@ def _integers(
         if limits is None:
             yield tensor + _SHIFT
             continue
-        least, most = limits
-        yield torch.randint(
-            least, max(most, least) + 1, tensor.shape, generator=generator, dtype=torch.int64
-        ).to(tensor.dtype)
+        drawn = torch.randint(limits[0], max(limits) + 1, tensor.shape, generator=generator)
+        yield drawn.to(tensor.dtype)
 
 
 def _sizes_beside(program: Program, number: int, example: Sequence[torch.Tensor]) -> list[int]:

@@ -40,8 +40,7 @@ def row_distances(actual: torch.Tensor, exact: torch.Tensor, by_row: bool = True
     actual, exact = real_parts(actual), real_parts(exact)
     if not exact.is_floating_point():
         return (actual != exact).reshape(-1).double()
-    pairs = [_distances(a, b) for a, b in zip(parts_of(actual), parts_of(exact), strict=True)]
-    errors, norms = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    errors, norms = distances(actual, exact)
     most = norms.max()
     return errors / (norms.maximum(1e-3 * most) if by_row else most).clamp(min=1e-30)
 
@@ -53,14 +52,21 @@ def real_parts(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj().reshape(tensor.shape or (1,))).flatten(-2)
 
 
-def parts_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def distances(actual: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest difference of each row, and the greatest finite value of it in `exact`."""
+    pairs = [_distances(a, b) for a, b in zip(_parts(actual), _parts(exact), strict=True)]
+    errors, norms = zip(*pairs, strict=True)
+    return torch.cat(errors), torch.cat(norms)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rows [rows, last axis] of a tensor in parts, each of few numbers."""
     width = tensor.shape[-1] if tensor.ndim else 1
     return torch.split(tensor.reshape(-1, width), max(1, _TOGETHER // max(1, width)))
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greatest difference of each row, and the greatest finite value of it."""
+    """As `distances`, of few rows."""
     a, b = a.double(), b.double()
     finite = b.isfinite()
     same = (a == b) | (a.isnan() & b.isnan())

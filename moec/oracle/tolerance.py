@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from moec.dtypes import FLOATS
 from moec.ir.graph import Graph
 from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
-from moec.oracle.rounding import FLOAT32_UNIT, parts_of, real_parts
+from moec.oracle.rounding import FLOAT32_UNIT, distances, real_parts
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """The greatest error allowed, relative to the greatest value of the output.
@@ -62,17 +60,6 @@ def rounds_to_16_bits(graph: Graph) -> bool:
     return not computed_dtypes(graph).isdisjoint(("f16", "bf16"))
 
 
-def _finite_error(actual: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """The distance; None where a value or a difference is not finite."""
-    ours, right = parts_of(actual), parts_of(expected)
-    scale = float(torch.stack([part.double().abs().max() for part in right]).max())
-    if not math.isfinite(scale):  # the maximum of values with a NaN is NaN
-        return None
-    pairs = zip(ours, right, strict=True)
-    error = float(torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs]).max())
-    return error / (scale or 1.0) if math.isfinite(error) else None
-
-
 def are_close(actual: torch.Tensor, expected: torch.Tensor, limit: float = FLOAT32_UNIT) -> bool:
     """Whether their distance is at most a limit, by default that of float32 for reordered sums."""
     return distance(actual, expected) <= limit
@@ -88,15 +75,5 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = real_parts(actual), real_parts(expected)
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
-    if (error := _finite_error(actual, expected)) is not None:
-        return error
-    a, b = actual.double(), expected.double()
-    finite = b.isfinite()
-    if not torch.equal(a.isfinite(), finite):
-        return float("inf")
-    if not torch.allclose(a[~finite], b[~finite], rtol=0, atol=0, equal_nan=True):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    scale = float(b[finite].abs().max())
-    return float((a[finite] - b[finite]).abs().max()) / (scale or 1.0)
+    errors, norms = distances(actual, expected)
+    return float(errors.max()) / (float(norms.max()) or 1.0)

@@ -25,9 +25,8 @@ from moec.report.quantisation import before_quantisation, moved_lines
 from moec.sources.memory.lock_step import Together, one_by_one
 from moec.verify.cases import Reference, references
 from moec.verify.codes import check_codes
-from moec.verify.first_bad_pass import first_bad_pass
-from moec.verify.references import LIMIT, exact_eager, intended, meaning, other_results
-from moec.verify.replay import choices, replayed, replayed_as_is
+from moec.verify.references import LIMIT, bad_pass, exact_eager, intended, meaning, other_results
+from moec.verify.replay import choices, replayed, replayed_as_is, usual, wrong_choices
 
 LOGGER = logging.getLogger(__name__)
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
@@ -39,9 +38,6 @@ Results = tuple[torch.Tensor, ...]
 
 FEW = 3
 """Cases in which each kernel is compared too: the example, and the first draws of its sizes."""
-TIMES = 3.0
-"""With the same choices an error may be so many times that of nine of ten rows of the graph in 16
-bits: it was at most 2.3 times the median, in every row of trained and of random models."""
 _SAMPLES = 32
 """Samples of how eager rounds, where the choices of the code are not known."""
 
@@ -117,12 +113,7 @@ def check(
     pass that changed the numbers, where an error exceeds what is allowed, also if eager and graphs
     are evaluated for one case after the other.
     """
-
-    def compare(together: Together) -> Checked:
-        return _check(
-            captured, run, pass_results, tolerance, pieces, kernels, empty=empty, together=together
-        )
-
+    compare = partial(_check, captured, run, pass_results, tolerance, pieces, kernels, empty)
     if together is one_by_one:
         return compare(together)
     try:
@@ -140,7 +131,6 @@ def _check(
     tolerance: float | None,
     pieces: Pieces | None,
     kernels: Kernels | None,
-    *,
     empty: bool,
     together: Together,
 ) -> Checked:
@@ -208,7 +198,7 @@ def _check_meaning(
     if together is not one_by_one:
         raise VerificationError(_AGAIN)
     name = source.program.graph.outputs[beyond.number or 0].name
-    culprit = first_bad_pass(limit, source, answers, pass_results)
+    culprit = bad_pass(limit, source, answers, pass_results)
     raise VerificationError(f"{name} of the graph in float32 {beyond}; {culprit}")
 
 
@@ -258,12 +248,14 @@ def _check_code(
 
     unit = max((UNIT.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
     replays = unit > 0 and any(chosen)  # in float32 the code's own choices are compared too
-    exact = replayed(checking.final, checking.cases, chosen) if replays else checking.right
+    by_case = replayed(checking.final, checking.cases, chosen) if replays else []
+    exact = [results for results, _ in by_case] or checking.right
     exact = [with_pieces(results, n) for n, results in enumerate(exact)]
     few = [n for n, r in enumerate(ours) if n < FEW or not all(t.isfinite().all() for t in r)]
     few = few if unit else []
     runs = [partial(replayed_as_is, checking.final, checking.cases[n], chosen[n]) for n in few]
-    rounded = {n: with_pieces(t, n) for n, t in zip(few, checking.together(runs), strict=True)}
+    low = dict(zip(few, checking.together(runs), strict=True))
+    rounded = {n: with_pieces(results, n) for n, (results, _) in low.items()}
     limits = _limits(checking, unit, rounded, exact)
     errors = dict.fromkeys([*names, f"{names[at]} in pieces"][: max(map(len, ours))], 0.0)
     for n in range(len(ours)):
@@ -275,6 +267,9 @@ def _check_code(
             errors[name] = max(errors[name], float(rows.max()) if len(rows) else 0.0)
         decides = checking.kernels if traced else None
         _check_case(checking, n, ours[n], right, limits, list(errors), with_pieces, unit, decides)
+    for n, words in wrong_choices(by_case, low, unit):
+        assert checking.kernels is not None
+        _decide(checking, checking.kernels, n, words)
     return errors, max(limits, default=0.0)
 
 
@@ -295,8 +290,7 @@ def _check_case(
         return
     words = f"{names[beyond.number or 0]} {beyond} (inputs {shapes(case)})"
     if kernels is not None and not any(e.isinf().any() for e in beyond.errors):
-        kernels.decide(case)
-        checking.notes.append(f"{words}: each kernel was compared there, and is right")
+        _decide(checking, kernels, number, words)
         return
     if checking.together is not one_by_one:
         raise VerificationError(_AGAIN)
@@ -315,6 +309,12 @@ def _check_case(
         )
 
 
+def _decide(checking: _Checking, kernels: Kernels, number: int, words: str) -> None:
+    """Raises VerificationError where a kernel is wrong in a case whose results are odd, as told."""
+    kernels.decide(checking.cases[number])
+    checking.notes.append(f"{words}: each kernel was compared there, and is right")
+
+
 def _limits(
     checking: _Checking, unit: float, rounded: Mapping[int, Results], exact: Sequence[Results]
 ) -> list[float]:
@@ -324,9 +324,7 @@ def _limits(
         return [checking.tolerance] * count
     least = max(TOLERANCES["f32"], rounded_rows(checking.final.graph), unit)
     errors = errors_of_rows(list(rounded.values()), [exact[n] for n in rounded], False)
-    finite = [e[e.isfinite()] for e in errors]
-    most = [TIMES * float(e.quantile(0.9)) if len(e) else 0.0 for e in finite]
-    return [max(least, each) for each in most] or [least] * count
+    return [max(least, usual(each)) for each in errors] or [least] * count
 
 
 def _joined(fed: Sequence[torch.Tensor]) -> list[torch.Tensor]:

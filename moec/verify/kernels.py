@@ -323,29 +323,32 @@ def _check_part(
             continue
         names.add(call.kernels[value.name])
         rows = _owned_rows(parts, value, call)
-        actual = owned_part(parts.shaped(value, call.results[value.name], sizes), rows)
+        part_of = ... if rows is None else slice(rows)
+        actual = parts.shaped(value, call.results[value.name], sizes)[part_of]
         codes = _CODES.get(end.name, 0.0)
         bound = Bound(parts.dtypes[value.name], parts.inner[value], codes)
         if end.name == "moe.sort" and number == 1:  # a choice of no expert has any slot after them
             last = call.read_after(end.outputs[2].name)[-1]
             actual = torch.where((exact[1] >= last) & (actual >= last), exact[1], actual)
-        right, noisy = (owned_part(results[number], rows) for results in (exact, drawn))
+        right, noisy = exact[number][part_of], drawn[number][part_of]
         errors = bound.errors(actual, right, noisy)
         if parts.is_low and bool(errors.isinf().any()):
-            low = owned_part(parts.run_as_is(part, {**weights, **operands}, sizes)[number], rows)
+            low = parts.run_as_is(part, {**weights, **operands}, sizes)[number][part_of]
             right = torch.where(actual.isfinite() | low.isfinite(), right, low.to(right.dtype))
             errors = bound.errors(actual, right, noisy)
+        jumps = errors > 1  # such as a comparison of nearly equal values
         while bool((errors > 1).any()) and (seed := next(seeds, None)) is not None:
             narrow = by_row and rows is None and errors.shape[-1] >= LEAST_ROW
             at = (errors > 1).any(-1) if narrow else ...
             read = {value: tensor[at] for value, tensor in operands.items()}
             sample = _run(part, {**weights, **read}, sizes, _Noise(parts, seed, growth))[number]
-            other = bound.errors(actual[at], owned_part(sample, rows), noisy[at])
+            other = bound.errors(actual[at], sample[part_of], noisy[at])
             before = errors[at]
             errors[at] = torch.minimum(before, torch.where(before.isinf(), before, other))
         error = float(errors.max()) if errors.numel() else 0.0
         why = _words(errors, actual, right) if error > 1 else ""
         if not why and actual.is_floating_point():
+            actual = torch.where(jumps, right.to(actual.dtype), actual)
             for of_expert in groups:
                 slope, allowed = bound.slope(*(t[of_expert] for t in (actual, right, noisy)))
                 error = max(error, abs(slope) / allowed)
@@ -431,10 +434,6 @@ def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | 
         return None
     counts = call.read_after(ends.name)
     return int(counts[-1]) if len(counts) else 0
-
-
-def owned_part(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
-    return tensor if rows is None else tensor[:rows]
 
 
 def _words(errors: torch.Tensor, actual: torch.Tensor, exact: torch.Tensor) -> str:

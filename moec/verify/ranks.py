@@ -93,15 +93,12 @@ def check_ranks(captured: Captured, ranked: Ranked, tolerance: float | None = No
         cases = [case for case, _ in references]
         inputs = [list(map(wide, tensors)) for tensors in ranked.inputs(cases)]
         results = evaluate_ranks(module, inputs, groups, ranked.name)
-        expected = (
-            _evaluate_joined(reference, cases) if joint else [right for _, right in references]
-        )
+        expected = _expected(reference, cases, joint=joint)
         why = _difference(ranked, cases, results, expected, tolerance)
         if why:
-            with FirstOfEquals() as tied:
-                evaluate = _evaluate_joined if joint else _evaluate_separately
-                expected = evaluate(reference, cases)
-            why = _difference(ranked, cases, results, expected, tolerance) if tied.met else why
+            with FirstOfEquals():
+                expected = _expected(reference, cases, joint=joint)
+            why = _difference(ranked, cases, results, expected, tolerance)
         if why:
             raise VerificationError(why)
 
@@ -156,12 +153,12 @@ def _other_sizes(captured: Captured, ranked: Ranked) -> Iterator[list[dict[str, 
         yield [sizes, more] if all(allows(g.bounds, more) for g in (graph, *graphs)) else [sizes]
 
 
-def _evaluate_separately(reference: Eager, cases: Sequence[Case]) -> list[tuple[torch.Tensor, ...]]:
-    return [reference(*case) for case in cases]
-
-
-def _evaluate_joined(reference: Eager, cases: Sequence[Case]) -> list[tuple[torch.Tensor, ...]]:
-    """The results for the inputs of all ranks as one, split into those of each rank."""
+def _expected(
+    reference: Eager, cases: Sequence[Case], *, joint: bool
+) -> list[tuple[torch.Tensor, ...]]:
+    """The results for the inputs of each rank, or `joint` ones, split into those of each."""
+    if not joint:
+        return [reference(*case) for case in cases]
     results = reference(*(torch.cat(tensors) for tensors in zip(*cases, strict=True)))
     texts = [len(case[0]) for case in cases]
     parts = (torch.split(t, [len(t) * count // sum(texts) for count in texts]) for t in results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,8 @@ from typing import TypeAlias
 import torch
 
 from moec.capture import Captured
+from moec.errors import IRError
 from moec.ir.graph import Program
-from moec.ir.interpret.evaluate import evaluate
 from moec.ir.interpret.run_in_float32 import all_in_float32, eager_in_float32, in_float32
 from moec.ir.interpret.stable_topk import FirstOfEquals
 from moec.oracle.agree import with_states
@@ -20,6 +21,9 @@ from moec.oracle.rounding import FLOAT32_NOISE, UNIT, RowsBeyond, rows_beyond
 from moec.oracle.tolerance import computed_dtypes, rounded_rows
 from moec.passes.core.runner import PassResult
 from moec.sources.memory.lock_step import Together, one_by_one
+from moec.verify.cases import Reference
+
+LOGGER = logging.getLogger(__name__)
 
 LIMIT = 1e-4
 """The greatest error of a row in float32, relative to its greatest value."""
@@ -72,12 +76,13 @@ def meaning(
     right: Sequence[Results],
     limit: float = LIMIT,
     together: Together = one_by_one,
+    samples: int = SAMPLES,
 ) -> RowsBeyond | None:
     """The rows of a graph that are not the source's, both in float32, where an error in a weight is
     not hidden by rounding; None without any."""
     results = all_in_float32(final, [with_states(final, case) for case in cases])
     beyond = rows_beyond(results, right, max(limit, rounded_rows(final.graph)))
-    others = other_results(captured, cases, together=together)
+    others = other_results(captured, cases, samples=samples, together=together)
     while beyond is not None and (sample := next(others, None)) is not None:
         beyond = beyond.explained_by(sample)
     return beyond
@@ -85,14 +90,40 @@ def meaning(
 
 def intended(captured: Captured, pass_results: Sequence[PassResult]) -> Captured:
     """What the code is to compute: the source, or where passes changed the model on purpose, the
-    graph after the last of them."""
+    graph after the last of them, which `exact_eager` then evaluates."""
     changes = [pass_result.program for pass_result in pass_results if pass_result.changed]
-    if not changes:
-        return captured
-    program = changes[-1]
+    return replace(captured, program=changes[-1], is_graph=True) if changes else captured
 
-    def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results = evaluate(program.graph, with_states(program, case), program.weights)
-        return results[: len(program.graph.outputs)]
 
-    return replace(captured, program=program, eager=eager, is_graph=True)
+def bad_pass(
+    limit: float,
+    captured: Captured,
+    answers: Sequence[Reference],
+    pass_results: Sequence[PassResult],
+) -> str:
+    """A sentence naming the first pass after which the graph differs, or the generated code.
+
+    Graphs are compared in float32, because a pass may move a rounding, which is no error. `answers`
+    are in float32. The last graph is compared first; if it is wrong, the passes are halved.
+    """
+    cases, expected = [case for case, _ in answers], [results for _, results in answers]
+
+    def fault(number: int) -> str:
+        """A sentence; empty where the graph after that pass is right."""
+        name, program = pass_results[number].name, pass_results[number].program
+        detail = f"search for a wrong pass, after {name}"
+        LOGGER.info("%s", detail, extra={"detail": detail})
+        try:
+            wrong = meaning(captured, program, cases, expected, limit, samples=0)
+        except (IRError, RuntimeError) as error:
+            return f"the graph after {name} does not run: {error}"
+        return f"the first pass after which the graph differs is {name}" if wrong else ""
+
+    right, wrong = 0, len(pass_results) - 1
+    first = fault(0)
+    sentence = first or (fault(wrong) if wrong else "")
+    while not first and sentence and wrong - right > 1:
+        middle = (right + wrong) // 2
+        earlier = fault(middle)
+        right, wrong, sentence = (right, middle, earlier) if earlier else (middle, wrong, sentence)
+    return sentence or "the graph is correct after every pass: the generated code is wrong"

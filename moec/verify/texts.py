@@ -95,10 +95,6 @@ class InterpretedDecoder:
         # 1 GB in float32; of more weights, each is cast for each piece
         self._run = in_float32(widened(Module.of(self.program)).main if few else self.program)
 
-    @property
-    def _states(self) -> Sequence[State]:
-        return self.program.graph.states
-
     def number_requests(self, count: int) -> Array:
         return np.arange(count, dtype=np.int32)
 
@@ -107,16 +103,16 @@ class InterpretedDecoder:
             sizes = [room if not isinstance(n, int) else n for n in state.before.shape[1:]]
             return torch.zeros((texts, *sizes), dtype=wide(TORCH_DTYPES[state.before.dtype]))
 
-        return [Cache(zeros(state)) for state in self._states]
+        return [Cache(zeros(state)) for state in self.program.graph.states]
 
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
         """See `Executor.decode`."""
-        before = {state.before for state in self._states}
+        before = [state.before for state in self.program.graph.states]
         names = [value for value in self.program.graph.inputs if value not in before]
         tensors = dict(zip(names, map(torch.from_numpy, counts), strict=True))
-        held = {s.before: cache.tensor for s, cache in zip(self._states, caches, strict=True)}
+        held = {v: cache.tensor for v, cache in zip(before, caches, strict=True)}
         logits, *after = self._run([{**tensors, **held}[v] for v in self.program.graph.inputs])
         for cache, tensor in zip(caches, after, strict=True):
             cache.tensor[...] = tensor

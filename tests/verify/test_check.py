@@ -21,7 +21,8 @@ from moec.oracle.tolerance import distance
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.runtime.call.executor import Executor
-from moec.verify import cases, first_bad_pass
+from moec.verify import cases
+from moec.verify import references as judging
 from moec.verify.cases import references
 from moec.verify.check import check
 from tests.capture.modules import WIDTH, Function, Moe
@@ -29,21 +30,27 @@ from tests.capture.modules import WIDTH, Function, Moe
 x = torch.randn(5, WIDTH)
 
 
-@pytest.fixture
-def broken_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fuse-gate makes the weights a fifth greater than they are."""
+def break_gates(monkeypatch: pytest.MonkeyPatch, which: slice) -> None:
+    """fuse-gate makes the weights of some gates a fifth greater than they are."""
     right = FuseGate.run
 
     def wrong(self: FuseGate, program: Program, log: Log) -> Program:
         result = right(self, program, log)
+        graph = result.graph
+        broken = [op for op in graph.ops if op.name == "moe.gate"][which]
+        assert broken
         ops = tuple(
-            replace(op, attrs={**op.attrs, "scale": 1.2}) if op.name == "moe.gate" else op
-            for op in result.graph.ops
+            replace(op, attrs={**op.attrs, "scale": 1.2}) if op in broken else op
+            for op in graph.ops
         )
-        assert ops != result.graph.ops
-        return replace(result, graph=replace(result.graph, ops=ops))
+        return replace(result, graph=replace(graph, ops=ops))
 
     monkeypatch.setattr(FuseGate, "run", wrong)
+
+
+@pytest.fixture
+def broken_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gates(monkeypatch, slice(None))
 
 
 @pytest.fixture
@@ -262,13 +269,13 @@ def test_equal_values_excuse_nothing_else() -> None:
 
 
 def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **options: object) -> None:
         raise RuntimeError("cannot reshape tensor of 0 elements")
 
     captured = capture(Sparse(), (torch.randn(4, 9),))
-    monkeypatch.setattr(first_bad_pass, "all_in_float32", fails)
+    monkeypatch.setattr(judging, "meaning", fails)
     steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).pass_results
-    words = first_bad_pass.first_bad_pass(1e-4, captured, references(captured)[0], steps)
+    words = judging.bad_pass(1e-4, captured, references(captured)[0], steps)
     assert "does not run: cannot reshape tensor of 0" in words
 
 

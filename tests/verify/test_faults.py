@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import moec
 from moec.errors import VerificationError
@@ -30,6 +32,7 @@ from moec.verify import recording
 from moec.verify.check import check
 from moec.verify.code import check_code
 from moec.verify.texts import InterpretedDecoder, check_texts, pieces_of
+from tests.capture import modules
 from tests.models.families import FAMILIES
 
 EXPERTS = 64
@@ -136,10 +139,11 @@ def test_a_fault_in_the_weights_is_found(compiled: CompiledModel, fault: str) ->
         check_code(package, compiled.module, compiled.captured, [compiled.captured.example])
 
 
-def run_of(compiled: CompiledModel, change: Callable[[torch.Tensor], None]) -> Any:
+def run_of(compiled: CompiledModel, change: Callable[[torch.Tensor], object] = id) -> Any:
     _, executor = compiled.ready()
 
     def run(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        executor.reset()
         results = {name: torch.as_tensor(value) for name, value in executor(inputs).items()}
         for value in results.values():
             change(value)
@@ -293,3 +297,63 @@ def test_a_router_that_is_wrong_at_one_size_is_found(
     choose_wrong(monkeypatch, lambda tokens, most: tokens == 2 and most >= 360)
     with pytest.raises(VerificationError, match=r"computes experts\w* .*wrong"):
         verify_model(compiled, None, Clock(str))
+
+
+# ---- layers before a router ------------------------------------------------------------
+
+HIDDEN = 48
+
+
+def one_hot(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(scores).scatter(-1, ids, 1.0)
+
+
+def of_the_best_pair(scores: torch.Tensor) -> torch.Tensor:
+    pairs = scores.sigmoid().unflatten(-1, (2, 2))
+    best = one_hot(pairs[..., 0], pairs.sum(-1).topk(1).indices)
+    return one_hot(scores, (pairs * best[..., None]).flatten(-2).topk(1).indices)
+
+
+ROUTERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "the best": lambda scores: one_hot(scores, scores.topk(1).indices),
+    "the greatest": lambda scores: one_hot(scores, scores.argmax(-1, keepdim=True)),
+    "of the best pair": of_the_best_pair,
+    "two": lambda scores: one_hot(scores, scores.topk(2).indices) * scores.softmax(-1),
+    "all": lambda scores: one_hot(scores, scores.topk(4).indices) * scores.softmax(-1),
+    "above a threshold": lambda scores: (scores.sigmoid() > 0.5).to(scores.dtype),
+}
+
+
+class Routed(modules.Moe):
+    def __init__(self, router: str) -> None:
+        super().__init__(torch.bfloat16)
+        layers = nn.Linear(modules.WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, modules.EXPERTS)
+        self.scores, self.router = nn.Sequential(*layers).bfloat16(), router
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = ROUTERS[self.router](self.scores(x)).unbind(-1)
+        pairs = zip(weights, self.experts, strict=True)
+        return sum(weight[:, None] * expert(x.relu()) for weight, expert in pairs)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_scores_that_are_wrong_at_one_size_are_found(
+    monkeypatch: pytest.MonkeyPatch, router: str
+) -> None:
+    """The graph makes the choices of the code, whose scores are wrong, so that results agree."""
+    example, sizes = torch.randn(18, modules.WIDTH).bfloat16(), set[int]()
+    compiled = moec.compile(Routed(router).eval(), (example,), verify=False)
+
+    def reverse(tensors: Any, *, size: int = 0) -> None:
+        *_, out = tensors
+        if out.shape[1:] == (HIDDEN,):
+            sizes.add(len(out))
+            out.copy_(out.flip(-1) if len(out) == size else out)
+
+    plant(monkeypatch, "linear", reverse)
+    verify_model(compiled, None, Clock(str))
+    assert len(sizes) > 2
+    for size in sizes - {0}:
+        plant(monkeypatch, "linear", partial(reverse, size=size))
+        with pytest.raises(VerificationError, match=r"computes linear .*wrong"):
+            verify_model(compiled, None, Clock(str))

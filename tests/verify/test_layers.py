@@ -14,10 +14,7 @@ import torch
 import moec
 from moec.capture import capture
 from moec.errors import UsageError, VerificationError
-from moec.ir.graph import Program
 from moec.model.compiled import CompiledModel
-from moec.passes.core.runner import Log
-from moec.passes.lower.fuse_gate import FuseGate
 from moec.sources.memory.memory import Bounded
 from moec.sources.memory.ranges import AddressRange
 from moec.verify.check import check
@@ -25,6 +22,7 @@ from tests.capture.modules import WIDTH, Moe
 from tests.command_line import invoke
 from tests.sources.checkpoint.families import model
 from tests.sources.memory.small import SMALL, count_weights_alone
+from tests.verify.test_check import break_gates
 
 
 @pytest.fixture(autouse=True)
@@ -113,18 +111,7 @@ def test_the_option_of_the_command(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_pass_of_one_layer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = FuseGate.run
-
-    def wrong(self: FuseGate, program: Program, log: Log) -> Program:
-        result = right(self, program, log)
-        *_, broken = [op for op in result.graph.ops if op.name == "moe.gate"]
-        ops = tuple(
-            replace(op, attrs={**op.attrs, "scale": 1.2}) if op is broken else op
-            for op in result.graph.ops
-        )
-        return replace(result, graph=replace(result.graph, ops=ops))
-
-    monkeypatch.setattr(FuseGate, "run", wrong)
+    break_gates(monkeypatch, slice(-1, None))
     with pytest.raises(VerificationError, match=r"^logits .* the graph differs is fuse-gate"):
         moec.compile(folder, memory=SMALL, verify="layers", kv_cache=False)
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from moec.model.compiled import CompiledModel
 from moec.runtime.dtypes import Array
 from moec.verify.check import check
 from moec.verify.code import check_code
-from tests.verify.test_faults import as_floats, swapped, times
+from tests.verify.test_faults import run_of, swapped, times, with_nan
 
 D, E, H = 64, 8, 64
 
@@ -92,12 +91,6 @@ Edit: TypeAlias = Callable[[Array], Array | None]
 def with_a_zero_tile(array: Array) -> Array:
     changed = array.copy()
     changed[-1, -1] = 0
-    return changed
-
-
-def with_nan(array: Array) -> Array:
-    changed = array.copy()
-    as_floats(changed).reshape(-1)[-1] = np.nan
     return changed
 
 
@@ -189,27 +182,16 @@ def test_graphs_that_passes_made(compiled: CompiledModel, fault: str) -> None:
     *before, last = compiled.pass_results
     program = IN_GRAPHS[fault](last.program)
     results = [*before, replace(last, program=program)]
-    _, executor = compiled.ready()
-
-    def run(inputs):
-        executor.reset()
-        return {name: torch.as_tensor(value) for name, value in executor(inputs).items()}
-
     with pytest.raises(VerificationError, match="of the graph in float32"):
-        check(compiled.captured, run, results)
+        check(compiled.captured, run_of(compiled), results)
 
 
 # ---- right models ----------------------------------------------------------------------
 
 
 def test_the_model_without_a_fault_is_right(compiled: CompiledModel) -> None:
-    package, executor = compiled.ready()
-
-    def run(inputs):
-        executor.reset()
-        return {name: torch.as_tensor(value) for name, value in executor(inputs).items()}
-
-    check(compiled.captured, run, compiled.pass_results)
+    package, _ = compiled.ready()
+    check(compiled.captured, run_of(compiled), compiled.pass_results)
     checked = check_code(package, compiled.module, compiled.captured, [compiled.captured.example])
     assert checked.wrong is None
     assert checked.least_rows is not None

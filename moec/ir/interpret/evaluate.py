@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +23,8 @@ def evaluate(
 
     Raises IRError where a tensor does not fit its type, or a size its bounds.
     """
-    sizes: dict[str, int] = {}
-    values = bind_checked(graph, inputs, weights or {}, sizes)
-    run_part(graph, range(len(graph.ops)), values, sizes)
-    return tuple(values[v] for v in graph.results)
+    check_bounds(graph, inputs)
+    return evaluate_anywhere(graph, inputs, weights or {})
 
 
 def bind_checked(
@@ -37,7 +34,7 @@ def bind_checked(
     sizes: dict[str, int],
 ) -> dict[Value, torch.Tensor]:
     """As `bind`, for what `evaluate` takes, and raises what it raises."""
-    _check_bounds(graph, inputs)
+    check_bounds(graph, inputs)
     return bind(graph, [*inputs, *(weights[param.name] for param in graph.params)], sizes)
 
 
@@ -48,16 +45,8 @@ def evaluate_anywhere(
     return run_graph(graph, [*inputs, *(weights[param.name] for param in graph.params)])
 
 
-def bind_inputs(
-    graph: Graph, inputs: Sequence[torch.Tensor], sizes: dict[str, int], *, anywhere: bool
-) -> dict[Value, torch.Tensor]:
-    """As `bind`, without params; `anywhere` is also outside of the bounds. Raises IRError."""
-    if not anywhere:
-        _check_bounds(graph, inputs)
-    return bind(replace(graph, params=()), inputs, sizes)
-
-
-def _check_bounds(graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+def check_bounds(graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+    """Raises IRError where an input does not fit its type, or a size its bounds."""
     sizes: dict[str, int] = {}
     for value, tensor in zip(graph.inputs, inputs, strict=True):
         _learn(graph.name, value, tensor, sizes)
@@ -75,16 +64,14 @@ def run_graph(
     graph: Graph,
     tensors: Sequence[torch.Tensor],
     env: Mapping[str, int] | None = None,
-    precomputed: Mapping[Value, torch.Tensor] | None = None,
     meanings: Mapping[str, Reference] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """As `evaluate`, with the params' tensors after the inputs'.
 
-    `env` binds named sizes, `precomputed` holds values that need not be computed, `meanings`
-    overrides the meanings of some ops in OPS.
+    `env` binds named sizes, `meanings` overrides the meanings of some ops.
     """
     sizes = dict(env or {})
-    values = {**(precomputed or {}), **bind(graph, tensors, sizes)}
+    values = bind(graph, tensors, sizes)
     run_part(graph, range(len(graph.ops)), values, sizes, meanings)
     return tuple(values[v] for v in graph.results)
 
@@ -111,8 +98,6 @@ def run_part(
     last = graph.last_reads
     for index in part:
         op = graph.ops[index]
-        if all(output in values for output in op.outputs):
-            continue
         results = run_op(op, [values[v] for v in op.inputs], sizes, meanings)
         for value, tensor in zip(op.outputs, results, strict=True):
             _learn(op, value, tensor, sizes)

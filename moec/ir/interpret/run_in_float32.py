@@ -6,13 +6,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from moec.ir.formats.integer import dequantised_once
 from moec.ir.graph import Graph, Module, Program, Value
-from moec.ir.interpret.evaluate import bind_inputs, run_op, run_part
+from moec.ir.interpret.evaluate import bind, check_bounds, run_op, run_part
+from moec.ir.opdef import Reference
 from moec.ir.replace_sizes import size_expressions
 from moec.ir.upcast import widen
 from moec.torch_private import TorchDispatchMode, pytree, schema_of
@@ -40,13 +42,13 @@ def all_in_float32(
     cases: Sequence[Tensors],
     *,
     folded: bool = False,
-    choices: Sequence[Mapping[str, torch.Tensor]] = (),
+    meanings: Sequence[Mapping[str, Reference]] = (),
 ) -> list[Results]:
     """The results of `in_float32` in each case; a weight is read and cast once for all. `folded`:
     what depends on no input is computed in the program's own dtypes, as by a pass that folds
-    constants: the rounding of 1 + bias in 16 bits is no error. `choices` takes the
-    place of what the program computes in each case, by the names of its values."""
-    return _runner(program, folded=folded, choices=choices)(cases)
+    constants: the rounding of 1 + bias in 16 bits is no error. `meanings` overrides
+    in each case those of some ops."""
+    return _runner(program, folded=folded, meanings=meanings)(cases)
 
 
 def _runner(
@@ -54,7 +56,7 @@ def _runner(
     *,
     folded: bool = False,
     anywhere: bool = False,
-    choices: Sequence[Mapping[str, torch.Tensor]] = (),
+    meanings: Sequence[Mapping[str, Reference]] = (),
 ) -> Callable[[Sequence[Tensors]], list[Results]]:
     """A function that evaluates cases op by op, all of them together. A weight is cast for each op
     that reads it, so that one is in memory in float32 at a time."""
@@ -68,9 +70,9 @@ def _runner(
         for case in cases:
             sizes: dict[str, int] = {}
             inputs = [wide(tensor) for tensor in case]
-            each.append((bind_inputs(graph, inputs, sizes, anywhere=anywhere), sizes))
-        for (values, _), choice in zip(each, choices, strict=False):
-            values |= {v: wide(choice[v.name]) for v in graph.values() if v.name in choice}
+            if not anywhere:
+                check_bounds(graph, inputs)
+            each.append((bind(replace(graph, params=()), inputs, sizes), sizes))
         for index, (op, wide_op) in enumerate(zip(source.ops, graph.ops, strict=True)):
             if folded and constant[index] and all(value in narrow for value in op.inputs):
                 results = run_op(op, [narrow[value] for value in op.inputs], {})
@@ -80,9 +82,9 @@ def _runner(
                 read = {wider: narrow[value] for value, wider in pairs if value in narrow}
                 casts = read if op.name == _ROWS else {v: wide(t) for v, t in read.items()}
                 with dequantised_once(), InFloat32() if casts is read else nullcontext():
-                    for values, sizes in each:
+                    for (values, sizes), table in zip_longest(each, meanings):
                         values |= casts
-                        run_part(graph, range(index, index + 1), values, sizes)
+                        run_part(graph, range(index, index + 1), values, sizes, table)
                         for value in casts:
                             values.pop(value, None)
             for value in source.last_reads.get(index, ()):

@@ -12,18 +12,13 @@ from typing import Any
 
 import torch
 
-from moec.torch_private import TorchDispatchMode, pytree
+from moec.torch_private import TorchDispatchMode
 
 aten = torch.ops.aten
 
 
 class FirstOfEquals(TorchDispatchMode):  # type: ignore[misc]
-    """While open, choices among equal values take the first; `met` is set once an op chose. With
-    `notes_only`, choices are torch's, and `met` is set once one of them is another."""
-
-    def __init__(self, *, notes_only: bool = False) -> None:
-        super().__init__()
-        self.met, self.notes_only = False, notes_only
+    """While open, choices among equal values take the first."""
 
     def __torch_dispatch__(
         self,
@@ -32,17 +27,7 @@ class FirstOfEquals(TorchDispatchMode):  # type: ignore[misc]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        stable = _STABLE.get(func)
-        if stable is None:
-            return func(*args, **(kwargs or {}))
-        first = stable(*args, **(kwargs or {}))
-        if not self.notes_only:
-            self.met = True
-            return first
-        chosen = func(*args, **(kwargs or {}))
-        same = all(map(torch.equal, pytree.tree_leaves(chosen), pytree.tree_leaves(first)))
-        self.met = self.met or not same
-        return chosen
+        return _STABLE.get(func, func)(*args, **(kwargs or {}))
 
 
 def _sort(x: torch.Tensor, dim: int = -1, descending: bool = False) -> Any:

@@ -103,7 +103,8 @@ def train_grids(
             for op, stack_codes, grid, factor in zip(stacks, codes, grids, factors, strict=True)
         }
         inputs = [float32(tensor) for tensor in (*cases[case], *states)]
-        results = run_graph(graph, [*inputs, *params], precomputed=weights)
+        meanings = {"moe.decompress": lambda op, *_: weights[op.outputs[0]]}
+        results = run_graph(graph, [*inputs, *params], meanings=meanings)
         return output_distance(results, evaluator.results[case], evaluator.text)
 
     for _ in train(factors, rate, case_order(len(cases), steps, seed), distance):

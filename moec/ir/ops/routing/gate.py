@@ -38,7 +38,20 @@ def _infer_route(op: Op) -> tuple[TensorType, ...]:
 @defop("moe.route", _infer_route, "logits, correction?", tokenwise=True)
 def route(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """logits[T, E], correction[E]? -> weights[T, k], experts[T, k]; attributes: `Routing`."""
-    return route_logits(Routing.of(op), tensors[0], tensors[1] if len(tensors) > 1 else None)
+    return route_logits(Routing.of(op), *logits_of(op, tensors, attrs))
+
+
+def logits_of(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The logits and the correction of a moe.route or a moe.gate."""
+    if op.name == "moe.route":
+        return tensors[0], tensors[1] if len(tensors) > 1 else None
+    x, weight, bias, correction = tensors_of("moe.gate", op, tensors, attrs).values()
+    compute = attrs["compute"]
+    bias = None if bias is None else bias.to(compute)
+    logits = torch.nn.functional.linear(x.to(compute), weight.to(compute), bias)
+    return logits.to(attrs["logits"]), correction
 
 
 def _infer_gate(op: Op) -> tuple[TensorType, ...]:
@@ -55,14 +68,7 @@ def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run:
     `logits` (the dtype to which the linear layer's result is rounded), `compute` (the dtype in
     which it runs).
     """
-    x, weight, bias, correction = tensors_of("moe.gate", op, tensors, attrs).values()
-    compute = attrs["compute"]
-    logits = torch.nn.functional.linear(
-        x.to(compute),
-        weight.to(compute),
-        None if bias is None else bias.to(compute),
-    )
-    return route_logits(Routing.of(op), logits.to(attrs["logits"]), correction)
+    return route_logits(Routing.of(op), *logits_of(op, tensors, attrs))
 
 
 def _infer_capacity(op: Op) -> tuple[TensorType, ...]:

@@ -100,6 +100,17 @@ def _grouped(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
     return choice.reshape(*choice.shape[:-1], routing.groups, size)
 
 
+def chosen_by(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
+    """i64[.., k]: the experts that choice scores [.., E] choose."""
+    if routing.groups > 1:
+        groups = group_scores(routing, choice)
+        best = top_k(groups, routing.top_groups)
+        chosen_groups = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+        grouped = _grouped(routing, choice)
+        choice = grouped.masked_fill(~chosen_groups.unsqueeze(-1), -torch.inf).flatten(-2)
+    return top_k(choice, routing.k)
+
+
 def route_logits(
     routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,14 +120,7 @@ def route_logits(
         weights, experts = _sparsemixer(logits, routing)
         return weights.to(dtype), experts
     scores = _scores(routing, logits)
-    choice = choice_scores(routing, logits, correction)
-    if routing.groups > 1:
-        groups = group_scores(routing, choice)
-        best = top_k(groups, routing.top_groups)
-        chosen_groups = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
-        grouped = _grouped(routing, choice)
-        choice = grouped.masked_fill(~chosen_groups.unsqueeze(-1), -torch.inf).flatten(-2)
-    experts = top_k(choice, routing.k)
+    experts = chosen_by(routing, choice_scores(routing, logits, correction))
     weights = scores.gather(-1, experts)
     if routing.after == "softmax":
         weights = weights.softmax(-1)
