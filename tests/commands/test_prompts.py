@@ -71,7 +71,7 @@ def test_beams(path: Path, tmp_path: Path) -> None:
     assert "searched with 3 beams" in alone.stderr
     for refused, named in ((("--stop", "x"), "--stop"), (("--temperature", "1"), "temperature")):
         result = invoke(*words, *refused)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert f"num_beams is 3, and {named} is for texts" in result.stderr
 
 

@@ -156,7 +156,7 @@ def test_options_of_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) 
     run(speaker, *drawn)
     assert capsys.readouterr() == first
     assert first.err == ""
-    with pytest.raises(InputError, match=r"temperature is -1\.0; it must be 0 or more"):
+    with pytest.raises(UsageError, match=r"temperature is -1\.0; it must be 0 or more"):
         run(speaker, "--prompt", "b c", "--temperature", "-1")
 
 
