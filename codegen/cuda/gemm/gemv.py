@@ -17,15 +17,13 @@ from typing import TypeAlias
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import Buffer
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.product import (
     GROUP,
     HALVES,
     Product,
-    arguments,
-    dense_arguments,
     store_row,
     tiles_of,
 )
@@ -34,7 +32,6 @@ from moec.codegen.cuda.instructions import (
     WARP,
     computed_here,
     fma,
-    kernel,
     load_past_cache,
     shuffle_xor,
 )
@@ -65,27 +62,6 @@ def check_few_rows(spec: LinearSpec, epilogue: Epilogue | None) -> None:
         raise NoMatch(f"its {spec.n} columns of gate and up cannot be interleaved")
     if spec.gated and epilogue is None:
         raise NoMatch("gate and up need an epilogue that joins them")
-
-
-def gemv(
-    spec: LinearSpec,
-    target: CudaTarget,
-    *,
-    epilogue: Epilogue | None = None,
-    top_k: int = 0,
-    dense: bool = False,
-    blocks: int = 0,
-    name: str = "gemv",
-) -> PrimFunc:
-    """A kernel with the arguments of `grouped.grouped_linear` or, if `dense`, of `grouped.linear`.
-
-    Raises NoMatch for products that these kernels do not support.
-    """
-    check_few_rows(spec, epilogue)
-    with kernel(name) as builder:
-        p = dense_arguments(spec) if dense else arguments(spec, epilogue, top_k)
-        launch_few_rows(p, target, blocks)
-    return builder.get()
 
 
 def launch_few_rows(

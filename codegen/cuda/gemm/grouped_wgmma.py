@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import Buffer
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import row_of_x
 from moec.codegen.cuda.gemm.product import (
     HALVES,
     Product,
-    arguments,
     check_product,
     store_row,
     tiles_of,
@@ -38,7 +37,6 @@ from moec.codegen.cuda.instructions import (
     fence_products,
     give_registers,
     init_barrier,
-    kernel,
     multiply_group,
     publish_barriers,
     publish_copies,
@@ -248,26 +246,6 @@ def tensor_map(buffer: Buffer, rows: Expr, spec: LinearSpec, box: int) -> Expr:
 
 
 _LOADING, _MULTIPLYING = 56, 224  # registers per thread; the launch allots 168 to all
-
-
-def grouped_linear_wgmma(
-    spec: LinearSpec,
-    target: CudaTarget,
-    *,
-    epilogue: Epilogue | None = None,
-    top_k: int = 0,
-    blocks: int = 0,
-    name: str = "grouped",
-) -> PrimFunc:
-    """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
-
-    With `top_k` it has the argument `order`. `blocks` is the grid size; 0 means one block per SM.
-    Raises NoMatch for products that the tile does not support.
-    """
-    check_wgmma(spec, target, epilogue)
-    with kernel(name) as builder:
-        launch_wgmma(arguments(spec, epilogue, top_k), target, blocks)
-    return builder.get()
 
 
 def check_wgmma(spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None) -> None:

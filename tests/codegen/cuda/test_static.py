@@ -27,12 +27,10 @@ from moec.codegen.cuda.attention.key_tiles import WARPS
 from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.cuda.compiler.source import lowered
-from moec.codegen.cuda.gemm.gemv import gemv
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.grouped_wgmma import (
     COLUMNS,
     THREADS,
-    grouped_linear_wgmma,
     shared_memory,
 )
 from moec.codegen.cuda.gemm.tiles import CODES, FLOATS, LARGE, SMALL, TileShape
@@ -49,6 +47,7 @@ from moec.ir.formats.notation import parse
 from moec.ir.ops.routing.routing import Routing
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget
+from tests.codegen.cuda.launches import gemv, grouped_linear_wgmma
 
 FORMATS = ("int8", "int4:32:asymmetric", "fp8:128", "mxfp4")
 LOOKED_INTO = (

@@ -11,11 +11,11 @@ import moec
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.backends.cuda.backend import CUDA_TEXT, cubin
 from moec.codegen.cuda.compiler.source import lowered
-from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import TargetError
 from moec.target import nvidia
 from moec.target.cuda import TARGETS
+from tests.codegen.cuda.launches import grouped_linear_wgmma
 from tests.cuda_emulator.models import emulated_model
 from tests.models.families import FAMILIES
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from moec.codegen.cuda.activation import gated, silu
-from moec.codegen.cuda.gemm.gemv import gemv
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.product import interleave
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
+from tests.codegen.cuda.launches import gemv
 from tests.cuda_emulator.bugs import Bug, check_found
 from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 from tests.cuda_emulator.products import TORCH, UNIT

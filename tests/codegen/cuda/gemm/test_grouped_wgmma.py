@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import TARGETS
 from tests.codegen.cuda.gemm.test_gemv import packed
 from tests.codegen.cuda.gemm.test_grouped import EAGER, JOIN, compare, ends_of, weights
+from tests.codegen.cuda.launches import grouped_linear_wgmma
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
