@@ -26,9 +26,7 @@ _MOVES = (
 )
 _REARRANGES = (*_MOVES, "aten.permute.default")
 _PARTS = ("aten.select.int", "aten.slice.Tensor")
-_BEFORE_CHOICES = (*_MOVES, "moe.capacity", "moe.force", "aten.where.self", _PICKS)
-_CARRIER = {_PICKS: 0, "moe.force": 1}
-"""The index of the input with the choices; for other ops it is the last."""
+_REPLACING = ("where", "index_put", "masked_fill", "scatter", "cat", "mul")
 _SILENT = {
     "linear",
     "slice",
@@ -174,40 +172,57 @@ def _zero(graph: Graph, dispatch: Op) -> str:
 
 
 def _router(graph: Graph, dispatch: Op) -> str:
-    ids = dispatch.inputs[1]
     if chooses_all(graph, dispatch):
         return _gates(graph, dispatch)
-    after: list[str] = []
-    op = graph.producers.get(ids)
-    while op is not None and op.name in _BEFORE_CHOICES:
+    ids, after = dispatch.inputs[1], dict[str, None]()
+    behind = _ops_behind(graph, ids)
+    route = next((op for op in behind if op.name in _ROUTERS), None)
+    for op in behind if route is not None else ():
         if op.name == "moe.force":
-            after.append(f"the last forced by {_source(graph, op.inputs[3])}")
-        if op.name == "moe.capacity":
+            after[f"the last forced by {_moved(graph, op.inputs[3]).name}"] = None
+        elif op.name == "moe.capacity":
             ordered = graph.producers.get(op.inputs[0])
             order = " in the order of numbers" if ordered and ordered.name == _PICKS else ""
             limit = f"at most {op.attrs['capacity']} per expert"
-            after.append(f"{limit}, by {op.attrs['order']}{order}")
-        if op.name == "aten.where.self":
-            after.append("some choices replaced")
-        numbers = op.inputs[0] in graph.params  # a table of other numbers for the choices
-        op = graph.producers.get(op.inputs[-1 if numbers else _CARRIER.get(op.name, -1)])
+            after[f"{limit}, by {op.attrs['order']}{order}"] = None
+        elif op.name.split(".")[1] in _REPLACING:
+            after["some choices replaced"] = None
     if len(dispatch.inputs) > 2:
-        after.append("weights on the input")
-    standard = op is not None and op.name in _ROUTERS
-    return ", ".join([phrase(cast(Op, op)) if standard else _hash(graph, ids), *after])
+        after["weights on the input"] = None
+    weights = _weights(graph, dispatch)
+    if route is not None and weights is not None and graph.producers.get(weights) not in behind:
+        read = graph.readers.get(route.outputs[0])
+        after["weights changed" if read else "weights of its own"] = None
+    return ", ".join([_without_scores(graph, ids) if route is None else phrase(route), *after])
 
 
-def _hash(graph: Graph, ids: Value) -> str:
+def _weights(graph: Graph, dispatch: Op) -> Value | None:
+    """The weights of a block's choices, before they were moved."""
+    readers = graph.readers.get(dispatch.outputs[1], ())
+    read = [op.inputs[2] for op in readers if op.attrs.get("weighted")]
+    return next((_moved(graph, value) for value in (*dispatch.inputs[2:], *read)), None)
+
+
+def _ops_behind(graph: Graph, ids: Value) -> list[Op]:
+    """The ops behind choices, through whole numbers and flags, nearest first, back to a router."""
+    ops: dict[Op, None] = {}
+    waiting = [ids]
+    for value in waiting:
+        op = graph.producers.get(value)
+        if op is not None and op not in ops:
+            ops[op] = None
+            if op.name not in _ROUTERS:
+                waiting += [v for v in op.inputs if v.dtype in (*INDEX_DTYPES, "bool")]
+    return list(ops)
+
+
+def _without_scores(graph: Graph, ids: Value) -> str:
     """ "hash of input_ids", where experts are computed from inputs of whole numbers alone."""
-    waiting, reached = [ids], {ids}
-    while waiting:
-        op = graph.producers.get(waiting.pop())
-        sources = {*(op.inputs if op is not None else ())} - reached
-        waiting += sources
-        reached |= sources
-    names = [value.name for value in graph.inputs if value in reached]
-    numbers = all(value.dtype in INDEX_DTYPES for value in reached)
-    return f"hash of {' and '.join(names)}" if names and numbers else "custom"
+    read = {ids, *(value for op in _ops_behind(graph, ids) for value in op.inputs)}
+    if any(value.dtype not in (*INDEX_DTYPES, "bool") for value in read):
+        return "custom"
+    names = [value.name for value in graph.inputs if value in read]
+    return f"hash of {' and '.join(names)}" if names else "the same experts for all tokens"
 
 
 def _gates(graph: Graph, dispatch: Op) -> str:
@@ -234,11 +249,11 @@ def _picks_gate(op: Op) -> bool:
     return op.name in _PARTS and op.attrs.get("dim", 0) not in (-1, last)
 
 
-def _source(graph: Graph, value: Value) -> str:
-    """The name of the value that was moved to be `value`."""
+def _moved(graph: Graph, value: Value) -> Value:
+    """The value that was moved to be `value`."""
     while (op := graph.producers.get(value)) is not None and op.name in (*_MOVES, REQUIRE):
         value = op.inputs[0]
-    return value.name
+    return value
 
 
 def phrase(op: Op) -> str:

@@ -107,7 +107,8 @@ def limited() -> tuple[Any, CompiledModel]:
 @pytest.mark.parametrize("seed", range(3))
 def test_token_selection_binds_as_its_numbers_say(seed: int) -> None:
     layer, artifact = limited()
-    assert [(b.experts, b.router) for b in artifact.blocks] == [(4, "custom")]
+    words = "softmax, top-1, weights changed"
+    assert [(b.experts, b.router) for b in artifact.blocks] == [(4, words)]
     x = torch.randn(1, SIZES.width, generator=torch.Generator().manual_seed(seed)).repeat(12, 1)
     priority = torch.rand(12, SIZES.experts, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

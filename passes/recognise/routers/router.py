@@ -12,7 +12,7 @@ another one. The order of a token's slots does not matter where the block sums o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -21,9 +21,8 @@ import torch
 from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
-from moec.ir.ops.experts.dispatch import chooses_all
 from moec.ir.ops.routing.routing import Routing
-from moec.ir.sizes.dims import Dim, product
+from moec.ir.sizes.dims import product
 from moec.ir.traits import rounds_doubles
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
@@ -32,9 +31,16 @@ from moec.passes.proof.input_generators import Feed, Ids, InputKind
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
-from moec.passes.recognise.routers.expert_ids import Outside, repeated, widest_choice
+from moec.passes.recognise.routers.expert_ids import Outside, widest_choice
 from moec.passes.recognise.routers.region_boundary import logits_behind
 from moec.passes.recognise.routers.rounded_choices import EagerChoices, roundings
+from moec.passes.recognise.routers.routed_blocks import (
+    Key,
+    Routed,
+    blocks,
+    earlier_choices,
+    readers,
+)
 from moec.passes.recognise.routers.router_hypotheses import hypotheses
 
 _ROWS = 1000
@@ -56,23 +62,25 @@ class RecogniseRouters(Pass):
         routers: dict[Key, RecognisedRouter] = {}
         ordered = sorted(blocks(scope), key=lambda block: block.weights is None)
         by_slot = {block.experts for block in ordered if block.ordered}
-        for block in ordered:
-            block = replace(block, ordered=block.experts in by_slot)
-            key = (block.weights, block.experts)
-            if key in routers or shared(routers, block) is not None:
+        routed = [replace(block, ordered=block.experts in by_slot) for block in ordered]
+        for block in tuple(routed):
+            if block.key in routers or shared(routers, block) is not None:
                 continue
             where = block.dispatch.origin or block.dispatch.outputs[0].name
-            try:
-                router = recognise(scope, block, prover)
-            except NoMatch as why:
-                log.decline(where, f"router: custom: {why}")
-                continue
-            if log.spend(f"router of {where}"):
-                routers[key] = router
-        return replace(program, graph=splice(scope, routers))
-
-
-Key = tuple[Value | None, Value]
+            reasons: list[str] = []
+            for variant in (block, *earlier_choices(scope, block)):
+                try:
+                    router = routers.get(variant.key) or recognise(scope, variant, prover)
+                except NoMatch as why:
+                    reasons.append(str(why))
+                    continue
+                if log.spend(f"router of {where}"):
+                    routers[variant.key] = router
+                    routed.append(variant)
+                break
+            else:
+                log.decline(where, f"router: custom: {reasons[0]}")
+        return replace(program, graph=splice(scope, routed, routers))
 
 
 def shared(routers: Mapping[Key, RecognisedRouter], block: Routed) -> Key | None:
@@ -84,80 +92,12 @@ def shared(routers: Mapping[Key, RecognisedRouter], block: Routed) -> Key | None
 
 
 @dataclass(frozen=True)
-class Routed:
-    """A recognised block as its router sees it."""
-
-    dispatch: Op
-    weigher: Op | None  # the op that reads the weights: the dispatch itself or the combine
-    experts: Value  # [T, k], before any capacity
-    weights: Value | None  # [T, k]
-    num_experts: int
-    zero: tuple[Op, ...] = ()  # moe.zero_experts, which read the same choices
-    ordered: bool = False  # results of choices are not summed: the order of slots matters
-
-
-@dataclass(frozen=True)
 class RecognisedRouter:
     logits: Value
     correction: Value | None
     routing: Routing
     forced: Value | None = None  # the id of an expert that each token must have
     outside: Outside | None = None  # of the forced ids
-
-
-def blocks(scope: Scope) -> Iterator[Routed]:
-    for op in scope.graph.ops:
-        if op.name != "moe.dispatch" or chooses_all(scope.graph, op):
-            continue
-        reader, position = chooser(scope, op)
-        experts = reader.inputs[position]
-        weigher, weights, slots = None, None, None
-        if len(op.inputs) > 2:
-            weigher, weights = op, op.inputs[2]
-        for reader in scope.graph.readers.get(op.outputs[1], ()):
-            if reader.name == "moe.combine":
-                slots = reader.attrs["k"]
-                if reader.attrs.get("weighted"):
-                    weigher, weights = reader, reader.inputs[2]
-        readers = scope.graph.readers[op.inputs[1]]
-        zero = tuple(reader for reader in readers if reader.name == "moe.zero_experts")
-        source = scope.source_of(experts, {"aten.reshape.default"})
-        if _is_choices(source) and (weights is None or source.shape == weights.shape):
-            experts = source  # the same choices with another number of slots per row
-        groups = each_group(scope, experts)
-        group_weights = None if weights is None else each_group(scope, weights)
-        if groups is not None and (weights is None or group_weights is not None):
-            experts, weights = groups, group_weights
-        ordered = {slots, op.inputs[1].shape[-1]} != {experts.shape[-1]}
-        count = cast(int, op.attrs["num_experts"])
-        yield Routed(op, weigher, experts, weights, count, zero, ordered)
-
-
-def each_group(scope: Scope, value: Value) -> Value | None:
-    """The values [.., k] that consecutive rows share, if `value` repeats one for each of them."""
-    repeats = scope.made_by(scope.source_of(value, {"aten.reshape.default"}), "aten.expand.default")
-    if repeats is None:
-        return None
-    shaped = scope.made_by(repeats.inputs[0], "aten.reshape.default")
-    values = (repeats.inputs[0], *(() if shaped is None else shaped.inputs))
-    return next((value for value in reversed(values) if _is_choices(value)), None)
-
-
-def chooser(scope: Scope, dispatch: Op) -> tuple[Op, int]:
-    """The op that reads the choices before any capacity, and the index of that input. A capacity
-    may sort the choices into another order first and restore it afterwards."""
-    back = scope.made_by(dispatch.inputs[1], "aten.index.Tensor")
-    drop = scope.made_by(back.inputs[0] if back else dispatch.inputs[1], "moe.capacity")
-    if drop is None:
-        return dispatch, 1
-    ordered = scope.made_by(drop.inputs[0], "aten.index.Tensor") if back else None
-    return ordered or drop, 0
-
-
-def _is_choices(value: Value) -> bool:
-    """Whether `value` is [T, k]. A choice per token of each text, [B, S], is not: S is a named
-    size."""
-    return len(value.shape) == 2 and isinstance(value.shape[1], int)
 
 
 def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
@@ -181,7 +121,9 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
 def _hypothesise(
     scope: Scope, block: Routed, results: Sequence[Value], logits: Value, prover: Prover
 ) -> RecognisedRouter:
-    k = cast(int, block.experts.shape[-1])
+    k = divide(product(block.experts.shape), product(logits.shape[:-1]))
+    if not isinstance(k, int):
+        raise NoMatch(f"its choices are {block.experts.shape}, not k for each row of {logits.name}")
     # One forced choice of one leaves nothing to the router: the input is the choice itself.
     forced = forced_ids(scope, results, logits) if k > 1 else None
     region = scope.cut(results, [logits, *([] if forced is None else [forced])])
@@ -213,7 +155,10 @@ def _hypothesise(
         feeds[forced] = Ids(block.num_experts, 1, least=outside.least)
     dtype = block.weights.dtype if block.weights is not None else "f32"
     count, reason, equal_but_for_rounding = 0, "", False
-    for routing in hypotheses(region, k, dtype, block.num_experts):
+    routings = hypotheses(region, k, dtype, block.num_experts)
+    if block.weights is None:
+        routings = (r for r in routings if r.after == "none" and not r.renormalize and r.scale == 1)
+    for routing in routings:
         if forced is not None and not may_force(routing):
             continue
         count += 1
@@ -288,6 +233,8 @@ def _agree(block: Routed) -> Compare:
         after: Sequence[torch.Tensor],
         inputs: Mapping[Value, torch.Tensor],
     ) -> str:
+        if before[-1].numel() == after[-1].numel():
+            before = [result.reshape(after[-1].shape) for result in before]
         shapes = [[tuple(t.shape) for t in result] for result in (before, after)]
         if shapes[0] != shapes[1]:
             return f"its choices are {shapes[0]}, not {shapes[1]}"
@@ -312,51 +259,28 @@ def _agree(block: Routed) -> Compare:
     return compare
 
 
-def _repeated(emit: RegionEmitter, value: Value, shape: tuple[Dim, ...]) -> Value:
-    """The choices [T, k] in another shape; if that has more rows, the k choices are repeated for
-    consecutive rows."""
-    count = divide(product(shape), product(value.shape))
-    if count is not None and count != 1:
-        groups, k = value.shape[0], cast(int, value.shape[1])
-        value = repeated(emit, value, count, (product((groups, count)), k))
-    return emit.reshape(value, shape)
-
-
-def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
-    """The graph in which blocks read the results of moe.route; other readers keep the old values.
-
-    A replacement is (index of the op's input, key of the router, result of moe.route).
-    """
-    replacements: dict[Op, list[tuple[int, Key, int]]] = {}
-    for block in blocks(scope):
-        key: Key | None = (block.weights, block.experts)
-        key = key if key in routers else shared(routers, block)
-        if key is None or key not in routers:
-            continue
-        reader, position = chooser(scope, block.dispatch)
-        replacements.setdefault(reader, []).append((position, key, 1))
-        if block.weigher is not None:
-            replacements.setdefault(block.weigher, []).append((2, key, 0))
-        for op in block.zero:
-            replacements.setdefault(op, []).extend(
-                [
-                    *([(1, key, 1)] if reader is block.dispatch else []),  # else after a capacity
-                    *([(2, key, 0)] if key[0] else []),
-                ]
-            )
+def splice(
+    scope: Scope, routed: Sequence[Routed], routers: Mapping[Key, RecognisedRouter]
+) -> Graph:
+    """The graph in which blocks read the results of moe.route; others keep the old values."""
+    replaced: dict[Op, dict[Value, tuple[Key, int]]] = {}
+    for block in routed:
+        key = block.key if block.key in routers else shared(routers, block)
+        if key is not None and key in routers:
+            for op in readers(scope, block):
+                results = {v: (key, which) for which, v in enumerate(key) if v in op.inputs}
+                replaced[op] = replaced.get(op, {}) | results
     builder = Builder(scope.graph)
     routes: dict[Key, tuple[Value, ...]] = {}
     for op in scope.graph.ops:
         inputs = list(op.inputs)
-        for position, key, which in replacements.get(op, ()):
+        for value, (key, which) in replaced.get(op, {}).items():
             if key not in routes:
                 origin = cast(Op, scope.maker(key[1])).origin or op.origin
-                routes[key] = _emit(
-                    RegionEmitter(builder, {}, replace(op, origin=origin)), routers[key]
-                )
-            value = routes[key][which]
-            emit = RegionEmitter(builder, {}, op)
-            inputs[position] = _repeated(emit, value, op.inputs[position].shape)
+                emit = RegionEmitter(builder, {}, replace(op, origin=origin))
+                routes[key] = _emit(emit, routers[key])
+            new = RegionEmitter(builder, {}, op).reshape(routes[key][which], value.shape)
+            inputs = [new if v is value else v for v in inputs]
         builder.append(replace(op, inputs=tuple(inputs)))
     return rebuild(scope.graph, builder.ops, {})
 

@@ -61,8 +61,15 @@ def argmax_only(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ones_like(experts, dtype=logits.dtype), experts
 
 
+def worst(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """No `Routing`: the experts of the least probabilities."""
+    scores = logits.softmax(-1)
+    experts = scores.argsort(-1)[:, :K]
+    return scores.gather(1, experts), experts
+
+
 def tempered(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """No `Routing`: the weights are square roots of probabilities."""
+    """The weights are square roots of probabilities."""
     weights, experts = logits.softmax(-1).topk(K, -1)
     return weights.sqrt(), experts
 

@@ -110,9 +110,14 @@ def test_text(golden: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [Renormalised, First])
-def test_other_ways_to_force_stay_custom(kind: type[nn.Module]) -> None:
-    """The experts are a block all the same."""
-    compiled = steps(kind(), "recognise-routers")
-    assert [block.router for block in compiled.blocks] == ["custom"]
-    (declined,) = [d for d in compiled.declined if d.rule == "recognise-routers"]
-    assert "forms of routing were tried" in declined.reason
+def test_other_ways_to_force_read_choices(kind: type[nn.Module]) -> None:
+    module = kind()
+    compiled = steps(module, "recognise-routers")
+    words = "softmax, top-2, some choices replaced, weights of its own"
+    assert [block.router for block in compiled.blocks] == [words]
+    inputs, program = (
+        (torch.randn(40, D), torch.randint(E, (40,))),
+        compiled.pass_results[-1].program,
+    )
+    (y,) = evaluate(program.graph, list(inputs), program.weights)
+    torch.testing.assert_close(y, module(*inputs).detach(), rtol=1e-5, atol=1e-5)

@@ -101,16 +101,29 @@ class Negative(Bent):
         return logits.tanh()
 
 
-CUSTOM = (Ascending, Swapped, SideBySide, Filled, Bent)
+class Ranked(Worst):
+    """Weights by place, the worst expert first: those of another order are other weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.choose(self.gate(x))
+        weights = torch.linspace(0.1, 1, E).expand(x.shape[0], E)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
 
 
-@pytest.mark.parametrize("form", [Slots, *CUSTOM, Worst, Balanced, Negative])
+FORMS = (Slots, Ascending, Swapped, SideBySide, Filled, Bent, Worst, Balanced, Negative, Ranked)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_results_by_slot(form: type[Slots]) -> None:
     torch.manual_seed(0)
     module = form().eval()
     model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
     routers = [block.router == "custom" for block in model.blocks]
-    assert routers == ([] if form is Negative else [form in CUSTOM])
+    assert routers == ([] if form is Negative else [form is Ascending])
     program, x = model.pass_results[-1].program, torch.randn(50, D)
     with torch.no_grad():
         (y,) = evaluate(program.graph, [x], program.weights)
@@ -137,7 +150,8 @@ def test_choices_that_another_block_sums() -> None:
     torch.manual_seed(0)
     module = Both().eval()
     model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
-    assert [block.router for block in model.blocks] == ["custom", "custom"]
+    words = "softmax, top-2, some choices replaced"
+    assert [block.router for block in model.blocks] == [words, f"{words}, weights of its own"]
     program, x = model.pass_results[-1].program, torch.randn(50, D)
     with torch.no_grad():
         (y,) = evaluate(program.graph, [x], program.weights)

@@ -205,13 +205,18 @@ def test_a_limit_to_groups_is_never_lost(
 
 
 def test_argmax_without_weights() -> None:
-    program, (block,), _ = recognised(loops.RowsLoop(rule=routers.argmax_only))
+    _, (block,), _ = recognised(loops.RowsLoop(rule=routers.argmax_only))
     assert block.top_k == 1
-    assert "weighted" not in print_graph(program.graph) or "custom" in block.router
+    assert block.router == "top-1, weights of its own"
+
+
+def test_weights_are_changed_after_the_routing() -> None:
+    _, (block,), declined = recognised(loops.Loop(rule=routers.tempered))
+    assert (block.router, list(declined)) == ("softmax, top-2, weights changed", [])
 
 
 def test_unknown_router_leaves_the_block() -> None:
-    program, (block,), declined = recognised(loops.Loop(rule=routers.tempered))
+    program, (block,), declined = recognised(loops.Loop(rule=routers.worst))
     assert block.router == "custom"
     assert not any(op.name == "moe.route" for op in program.graph.ops)
     (why,) = declined

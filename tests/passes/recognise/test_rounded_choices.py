@@ -78,9 +78,10 @@ def after(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return weights.softmax(-1), ids
 
 
-def chosen_by_a_part(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_across(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """No value [T, E] holds the scores after they were rounded."""
     scores = logits.sigmoid()
-    ids = (scores * 0.3).topk(K)[1]
+    ids = (scores * 0.3).t().topk(K, 0)[1].t()
     return scores.gather(1, ids), ids
 
 
@@ -149,7 +150,7 @@ def test_choices_are_those_of_eager(
 
 
 def test_another_rounding_declines_the_router() -> None:
-    layer = Layer(chosen_by_a_part, BRAIN).eval()
+    layer = Layer(chosen_across, BRAIN).eval()
     compiled = moec.compile(layer, (torch.randn(6, WIDTH).to(BRAIN),), build=False, verify=False)
     assert len(compiled.blocks) == 1
     words = "its scores are rounded to 16 bits where no known routing rounds"
