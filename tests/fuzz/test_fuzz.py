@@ -158,6 +158,35 @@ def test_constants_in_16_bits_excuse_no_more_than_they_cause() -> None:
     assert "is torch.float16" in wrong
 
 
+def test_the_first_of_equal_scores_may_drop_other_rows_in_16_bits() -> None:
+    """Eager in its own bits decides which of two equal experts, and which rows are dropped."""
+    x, exact = torch.ones(60, 4, dtype=torch.bfloat16), torch.ones(60, 4)
+    first = exact.bfloat16().index_fill(0, torch.tensor([7]), 0.5)
+
+    def eager(widened: bool = False, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
+        return exact if widened else first
+
+    tie = Answer("tie", (x,), exact.bfloat16(), eager)
+    assert compare(lambda _: first, [tie], "bfloat16") == ([], [])
+    for fault in (first.roll(1, 0), 2 * first - 1):
+        (wrong,), _ = compare(lambda _, fault=fault: fault, [tie], "bfloat16")
+        assert "1 of 60 rows" in wrong
+
+
+def test_what_a_mean_rounds_may_differ_as_much() -> None:
+    """Rows alike without their mean are 0 but for rounding."""
+    x = torch.full((30, 4), 1.1)
+
+    def eager(noisy: bool, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
+        with InFloat32(noise, seed):
+            return x - x.mean(0, keepdim=True)
+
+    answers = [Answer("centred", (x,), eager(False), eager)]
+    assert compare(lambda x: x * 4e-7, answers, "float32") == ([], [])
+    (wrong,), _ = compare(lambda x: x * 4e-6, answers, "float32")
+    assert "differs by" in wrong
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_eagers_last_bits_decide_may_differ_as_much(dtype: torch.dtype) -> None:
     """A row minus itself is 0 but for rounding, whose size says nothing."""

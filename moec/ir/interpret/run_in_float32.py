@@ -189,6 +189,8 @@ class InFloat32(TorchDispatchMode):  # type: ignore[misc]
 
 _ROUNDED = frozenset(
     f"aten::{name}"
-    for name in "mm addmm bmm baddbmm mul add sub div _softmax silu gelu relu sigmoid".split()
+    for name in (
+        "mm addmm bmm baddbmm mul add sub div sum mean _softmax silu gelu relu sigmoid".split()
+    )
 )
 """Operators whose results 16 bits round, one tensor each."""
