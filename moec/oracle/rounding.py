@@ -18,8 +18,6 @@ UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11}
 """The spacing of floats at 1. A smaller error of a row's greatest is the result's rounding."""
 FLOAT32_UNIT = 2e-5
 """An error of a row in float32 by less is the rounding of reordered sums over dozens of layers."""
-FLOAT64_UNIT = 1e-12
-"""As that, in float64."""
 NOISE = 12**-0.5
 """The standard deviation of a rounding, in spacings of floats."""
 FLOAT32_NOISE = 2.0**-22

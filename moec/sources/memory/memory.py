@@ -22,7 +22,9 @@ _PERIOD = 0.02  # seconds
 _MOST_OVER = 5
 """Periods in a row above the limit, after which a compilation ends."""
 _LIBC = ctypes.CDLL(None)
-_ARENAS = -8  # M_ARENA_MAX of mallopt(3)
+_TRIM, _MAP, _ARENAS = -1, -3, -8  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX of mallopt(3)
+_RAISED = 32 << 20
+"""As far glibc itself raises the limit of blocks that it maps, once one of that size was freed."""
 
 
 class InMemory:
@@ -33,8 +35,19 @@ class InMemory:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While open, weights have their values."""
-        yield
+        """While open, weights have their values, and the process keeps what it frees: glibc maps
+        each large tensor anew, and to clear its pages takes ten times as long as a cast."""
+        if not hasattr(_LIBC, "mallopt"):
+            yield
+            return
+        _LIBC.mallopt(_MAP, 2**31 - 1)
+        _LIBC.mallopt(_TRIM, -1)
+        try:
+            yield
+        finally:
+            _LIBC.mallopt(_MAP, _RAISED)
+            _LIBC.mallopt(_TRIM, 2 * _RAISED)
+            _LIBC.malloc_trim(0)
 
     @contextmanager
     def share_values(self) -> Iterator[None]:

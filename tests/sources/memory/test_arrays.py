@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 from functools import partial
 
 import numpy as np
@@ -66,3 +68,19 @@ def test_arrays_have_the_values_of_weights_in_memory(dtype, pack):
     for name, array in arrays.items():
         assert array.dtype == expected[name].dtype
         assert array.tobytes() == expected[name].tobytes(), name
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_that_was_freed_is_used_again_and_given_back() -> None:
+    """A block of 64 MB has 16,384 pages, each of which the kernel would clear once more."""
+    weight = torch.zeros(1 << 24, dtype=torch.bfloat16)
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        weight.float()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with InMemory().reading():
+        assert faults() > 0
+        assert faults() == 0
+    assert faults() > 0
