@@ -76,6 +76,27 @@ class Limited(Scaled):
         return y * scores.max(-1, keepdim=True).values
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_16_bits(dtype: torch.dtype) -> None:
+    """One choice a token, [B, S], is compared with rows of k."""
+    torch.manual_seed(0)
+
+    class Sequences(Limited):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.gate(x).softmax(-1)
+            hot = F.one_hot(scores.argmax(-1), E)
+            hot = hot * (hot.cumsum(1) <= 5)
+            y = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                rows = hot[..., e].bool()
+                y[rows] = expert(x[rows])
+            return y * scores.max(-1, keepdim=True).values
+
+    module = Sequences().to(dtype).eval()
+    model = moec.compile(module, (torch.randn(2, 6, D, dtype=dtype),), build=False)
+    assert [block.router for block in model.blocks] == [Sequences.words]
+
+
 @pytest.mark.parametrize("form", [Scaled, Beside, Skipped, Limited])
 def test_as_eager(form: type[Scaled]) -> None:
     torch.manual_seed(0)
