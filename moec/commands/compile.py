@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -30,11 +29,12 @@ from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.commands.output.report import print_json, print_report
-from moec.errors import SetupError, UnsupportedError
-from moec.files.os_errors import reason
+from moec.errors import UnsupportedError
+from moec.files.hub_files import short_name
 from moec.files.whole_folder import check_room
 from moec.options import CAPTURES, CHANGES, COMPILES, compile_options
-from moec.runtime.artifact.container import replaceable
+from moec.runtime.artifact import manifest as manifests
+from moec.runtime.artifact.container import open_container, replaceable, replacing
 from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
     value = key.value() if starts_with(store, ARTIFACTS, key.start) else None
     if value is None or output is None:
         return False
-    if not fetch(store, value, output, overwrite=request.force):
+    if not fetch(store, value, short_name(Path(request.model)), output, overwrite=request.force):
         return False
     from moec.report.opened import open_artifact
 
@@ -275,30 +275,29 @@ def dump(folder: Path, number: int, pass_result: PassResult) -> None:
 CACHE_FRACTION = 8  # an artifact may take up to one part in so many of the cache
 
 
-def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> bool:
-    """Write the cached artifact of a key to the file `output`; returns whether that was done.
+def fetch(store: Store, key: str, name: str, output: Path, *, overwrite: bool = False) -> bool:
+    """Write the cached artifact of a key to the file `output`, with the `name` of a model of the
+    same content; returns whether that was done.
 
     It is not done where nothing is cached, or where `output` exists and must not be replaced.
-    Raises UsageError where `output` cannot be written.
+    Raises SetupError where `output` cannot be written.
     """
     if output.exists() and (not overwrite or output.is_dir() or not replaceable(output)):
         return False
     content = load(store, ARTIFACTS, key)
     if content is None:
         return False
-    try:
-        with tempfile.TemporaryDirectory(prefix=".moec-", dir=output.parent) as folder:
-            path = Path(folder) / output.name
-            path.write_bytes(content)
-            if overwrite:
-                os.replace(path, output)
-                return True
-            try:
-                os.link(path, output)  # fails if another process has written it meanwhile
-            except OSError:
-                return False
-    except OSError as error:
-        raise SetupError(f"{output} cannot be written: {reason(error)}") from error
+    with (
+        replacing(output, folder=False, overwrite=overwrite) as writer,
+        tempfile.TemporaryDirectory(prefix=".moec-", dir=output.parent) as folder,
+    ):
+        path = Path(folder) / output.name
+        path.write_bytes(content)
+        parts = dict(open_container(path))
+        manifest = manifests.load(parts.pop(manifests.NAME))
+        manifest.extra["report"]["model"] = name
+        writer.add(parts)
+        writer.add({manifests.NAME: manifests.dump(manifest)})
     return True
 
 

@@ -67,7 +67,8 @@ class CheckpointKey:
                 return None
         except (OSError, ValueError):  # a file is shorter, or gone
             return None
-        sizes = [(path.name, state[0]) for path, state in self._states.items()]
+        states = self._states.items()  # what a file of GGUF is called makes no difference
+        sizes = [("" if path.suffix == ".gguf" else path.name, size) for path, (size, *_) in states]
         return self.start + key_of(sizes, digests)[:_DIGITS]
 
 
@@ -82,10 +83,10 @@ def checkpoint_key(model: str, options: Mapping[str, object]) -> CheckpointKey |
         files = sorted(path.parent.glob(f"{escape(split[1])}-*.gguf")) if split else [path]
     else:
         return None
-    name = (hub_files.short_name(path), hub_files.notes(path))  # the artifact contains them
+    notes = hub_files.notes(path)  # the artifact contains them
     machine = (cpu.host(), cpu.processor())
     versions = [_version(name) for name in _PACKAGES]
-    start = key_of(name, sorted(options.items()), machine, source_version(), versions)
+    start = key_of(notes, sorted(options.items()), machine, source_version(), versions)
     return CheckpointKey(start, files)
 
 

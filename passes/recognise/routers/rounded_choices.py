@@ -135,8 +135,7 @@ class EagerChoices:
                 results = run_graph(graph, tensors, _sizes(self.region))
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise NoMatch(f"it fails in its own dtypes: {str(error).splitlines()[0]}") from None
-        rows = math.prod(case[self.logits].shape[:-1])
-        return results[-1].reshape(rows, -1).sort(-1).values
+        return results[-1].reshape(math.prod(case[self.logits].shape[:-1]), -1).sort(-1).values
 
 
 def _sizes(graph: Graph) -> dict[str, int]:

@@ -34,7 +34,7 @@ def key_of(checkpoint: Path, options: Mapping[str, object] = OPTIONS) -> Checkpo
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "new file", "name", "options", "machine", "source", "versions"]
+    "change", ["weights", "new file", "file name", "options", "machine", "source", "versions"]
 )
 def test_the_key_tells_what_the_artifact_depends_on(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -50,8 +50,8 @@ def test_the_key_tells_what_the_artifact_depends_on(
             (checkpoint / "model.safetensors").write_bytes(bytes(999) + b"\1")
         case "new file":
             (checkpoint / "tokenizer.json").write_text("{}")
-        case "name":
-            checkpoint = checkpoint.rename(checkpoint.parent / "other")
+        case "file name":
+            (checkpoint / "model.safetensors").rename(checkpoint / "other.safetensors")
         case "options":
             options = {**OPTIONS, "passes": "-fuse-norm"}
         case "machine":
@@ -63,7 +63,7 @@ def test_the_key_tells_what_the_artifact_depends_on(
     after = key_of(checkpoint, options)
     assert after.value() is not None
     assert after.value() != value
-    assert (after.start == before.start) == (change in ("weights", "new file"))
+    assert (after.start == before.start) == (change in ("weights", "new file", "file name"))
 
 
 def test_models_of_other_kinds_have_no_key(tmp_path: Path) -> None:
@@ -132,3 +132,14 @@ def test_a_failure_does_not_wait_for_all_files(
         raise RuntimeError("failed")
     leaving.set()
     assert sum(digest.cancelled() for digest in key._digests) >= 100
+
+
+def test_what_a_model_is_called_makes_no_difference(checkpoint: Path) -> None:
+    """`fetch` gives the artifact the other name."""
+    other = checkpoint.parent / "other"
+    files = [checkpoint.parent / name for name in ("a.gguf", "b.gguf")]
+    for file in files:
+        file.write_bytes(b"GGUF")
+    assert len({key_of(file).value() for file in files}) == 1
+    before = key_of(checkpoint).value()
+    assert before == key_of(checkpoint.rename(other)).value()
