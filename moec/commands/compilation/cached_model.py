@@ -35,7 +35,7 @@ def artifact_of(model: Path, quiet: bool = False) -> Path:
             f"{text} is compiled into the cache, which is off or cannot be used: set MOEC_CACHE to "
             f"a folder of your own, or run what moec compile {text} -o NAME.moec writes"
         )
-    path = local_model(text, None, quiet)
+    path = text if model.exists() else local_model(text, None, quiet)
     key = checkpoint_key(path, {"for": "commands that run models"})
     value = None if key is None else key.value()
     if value is None:
