@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moec.errors import UsageError
-from moec.runtime.process.threads import OPENMP_SPINS, available, set_threads, shorten_spinning
+from moec.runtime.process.threads import SPINS, available, set_threads, shorten_spinning
 
 
 def test_every_processor_is_used_unless_told():
@@ -63,7 +63,7 @@ def test_the_runtime_alone_obeys():
 def test_threads_of_pytorch_spin_shortly_unless_told() -> None:
     environment = {"OMP_WAIT_POLICY": " "}
     shorten_spinning(environment)
-    assert environment["GOMP_SPINCOUNT"] == str(OPENMP_SPINS)
+    assert environment["GOMP_SPINCOUNT"] == str(SPINS)
     for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         environment = {variable: "active"}
         shorten_spinning(environment)
@@ -93,4 +93,4 @@ def test_waiting_is_set_before_torch_is_imported(tmp_path: Path) -> None:
             [sys.executable, "-c", program, command, f"{model}:factory", *output],
             capture_output=True, text=True, env=unset, cwd=tmp_path, timeout=60,
         )  # fmt: skip
-        assert done.stdout == f"{OPENMP_SPINS}\n", (command, done.stderr)
+        assert done.stdout == f"{SPINS}\n", (command, done.stderr)
