@@ -79,8 +79,12 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(COMMANDS[cmd_name][0])
-        command: click.Command = module.command
+        # Ctrl-C waits until the end: numpy would give it as its own ImportError, after a traceback
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

@@ -33,7 +33,6 @@ from moec.errors import UnsupportedError
 from moec.files.hub_files import short_name
 from moec.files.whole_folder import check_room
 from moec.options import CAPTURES, CHANGES, COMPILES, compile_options
-from moec.runtime.artifact import manifest as manifests
 from moec.runtime.artifact.container import open_container, replaceable, replacing
 from moec.runtime.process.threads import shorten_spinning
 
@@ -287,6 +286,8 @@ def fetch(store: Store, key: str, name: str, output: Path, *, overwrite: bool = 
     content = load(store, ARTIFACTS, key)
     if content is None:
         return False
+    from moec.runtime.artifact import manifest as manifests
+
     with (
         replacing(output, folder=False, overwrite=overwrite) as writer,
         tempfile.TemporaryDirectory(prefix=".moec-", dir=output.parent) as folder,

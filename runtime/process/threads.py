@@ -69,11 +69,10 @@ def shorten_spinning(environment: MutableMapping[str, str] = os.environ) -> None
     millisecond of waiting, unless the user has set how they wait. The library reads this when it is
     loaded, so call it before torch is imported.
 
-    By default a thread polls 150 times as long, even if the thread that it waits for has no core.
-    Several threads that run PyTorch's ops, as transformers starts to load weights, then wait for
-    each other: on two cores 2.6 GB of experts took 20 s to load in place of 6 s. With ten times
-    these spins a model of .1 GB compiles in 22.5 s instead of 23.4 on idle cores, but in 72 s
-    instead of 45 beside two busy processes.
+    By default a thread polls 150 times as long, even if the thread that it waits for has no core:
+    on two cores 2.6 GB of experts took 20 s to load in place of 6 s. With ten times these spins a
+    model of .1 GB compiles in 22.5 s instead of 23.4 on idle cores, but in 72 s instead of 45
+    beside two busy processes.
     """
     if not any(environment.get(name, "").strip() for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         environment["GOMP_SPINCOUNT"] = str(SPINS)

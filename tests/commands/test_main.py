@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -164,6 +165,24 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("doctor")
     assert result.exit_code == 130
     assert "Traceback" not in result.stderr
+
+
+def test_interrupted_while_a_command_is_imported(tmp_path: Path) -> None:
+    """numpy's own import turns the interruption into an ImportError."""
+    (tmp_path / "planted.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('umath failed to import')\n"
+    )
+    code = "from moec import __main__ as m; m.COMMANDS['doctor'] = ('planted', ''); m.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "interrupted")
 
 
 @pytest.mark.parametrize(
