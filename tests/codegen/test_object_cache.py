@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from moec.codegen.build import (
     options_of,
 )
 from moec.codegen.cpu.frame import IMPORT
-from moec.codegen.object_cache import named_by_content
+from moec.codegen.object_cache import contents_of, named_by_content
 from moec.errors import IRError
 from moec.target.cpu import TARGETS, host
 from tests.fresh import Program, Warm
@@ -212,6 +213,24 @@ def test_equal_kernels_of_a_module_are_one_whatever_their_numbers(
     compile_module(module(kernel("scale_7", 3.0), kernel("scale_8", 4.0)), host(), store=store)
     (name,) = compiled
     assert name.startswith("scale_")
+
+
+def test_the_addresses_of_sizes_change_no_name() -> None:
+    def filled(order: list[int]) -> tvm.tirx.PrimFunc:
+        made = [T.int64() for _ in order]
+        sizes = [made[number] for number in order]
+        with IRBuilder() as builder, T.prim_func():
+            T.func_name("fill")
+            T.func_attr({"global_symbol": "fill"})
+            x = T.match_buffer(T.arg("x", T.handle()), sizes, "float32")
+            with T.serial(0, sizes[0]) as i:
+                T.buffer_store(x, T.float32(1), [i, 0, 0, 0, 0, 0])
+        return builder.get()
+
+    orders = itertools.islice(itertools.permutations(range(6)), 0, 720, 90)
+    kernels = {str(order): filled(list(order)) for order in orders}
+    assert len({made.script() for made in kernels.values()}) > 1
+    assert len({*contents_of(kernels).values()}) == 1
 
 
 def test_the_text_of_a_kernel_is_printed_once(
