@@ -155,19 +155,21 @@ def _shapes(general: Widened) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in general.tensors)
 
 
-def _speculated(request: CaptureRequest, general: Widened) -> Captured:
-    """Capture with branches on data answered and proved, at the lengths of `general`, or at the
-    example's where a branch on a size takes another side there. Raises CaptureError where an answer
-    is not proved."""
+def _speculated(
+    request: CaptureRequest, first: Widened, excluded_before: Sequence[AxisGroup] = ()
+) -> Captured:
+    """Capture with branches on data answered and proved, at the lengths of `first`, or without the
+    groups that excluded the example before, where a branch on a size takes another side there.
+    Raises CaptureError where an answer is not proved."""
+    wrong = excluded_before
+    general = _widened(request, wrong, first=first) if wrong else first
     with PROCESS_STATE, gc_paused():
         rows = speculated_form(request, general, request.call.tensors)
     next_way = _in_pieces if rows.traced.lists_classes else _masked
     other = partial(next_way, request, general, rows)
     captured = _captured(request, WidenedForm(remembering(BY_CLASS), general, rows.form), other)
     groups = excluded(captured.program, request.call.tensors, general, request.bounds)
-    if not groups or general.first:
-        return captured
-    return _speculated(request, _widened(request, groups, first=general))
+    return _speculated(request, first, (*wrong, *groups)) if groups else captured
 
 
 def _in_pieces(request: CaptureRequest, general: Widened, rows: SpeculatedForm) -> Captured:

@@ -290,6 +290,38 @@ def test_the_example_has_its_side_where_it_is_exported_at_other_lengths(
         assert torch.equal(run(*inputs), chosen(*inputs)), size
 
 
+class WithPrior(nn.Module):
+    """Texts of the example are as long as there are experts, so that no axis may have this length;
+    neither x alone nor x with the prior's columns has its side of the branch at 12."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 6)
+
+    def forward(self, x: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        weights, ids = torch.topk(self.gate(rows).sigmoid(), 2)
+        if len(rows) > 20:
+            weights = weights * prior.repeat_interleave(x.shape[1], 0).gather(1, ids)
+        out = torch.zeros_like(rows)
+        for expert in range(6):
+            token, slot = torch.where(ids == expert)
+            out.index_add_(0, token, rows[token] * weights[token, slot, None])
+        return out.view_as(x)
+
+
+def test_each_way_of_capture_takes_the_example() -> None:
+    captured = capture(WithPrior(), (torch.randn(2, 6, 16), torch.randn(2, 6)))
+    ways = list[str]()
+    while True:
+        ways.append(captured.way)
+        evaluate(captured.program.graph, captured.example, captured.program.weights)
+        if captured.other is None:
+            break
+        captured = captured.other()
+    assert ways == ["traced", "speculated", "masked"]
+
+
 def test_sides_that_each_hold_a_number_are_not_harmless_elsewhere() -> None:
     """Below 4 rows the numbers make no difference; beyond 20, where none is tried, they do."""
     graph = capture(Function(lambda x: x + 1), (torch.randn(2, 6, 8),)).program.graph
