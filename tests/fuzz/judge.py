@@ -283,9 +283,12 @@ def _excess(compared: Sequence[tuple[Answer, Any]], unit: float) -> str:
         eager = errors_of_rows([_tensors(answer.eager)], [exact], False)
         limits = [max(unit, 3 * float(e.quantile(0.9)) if len(e) else 0.0) for e in eager]
         beyond = rows_beyond([ours], [exact], limits, False)
-        others = (answer.run(True, unit * NOISE, seed) for seed in range(32))
-        for other in (answer.eager, answer.tied(True), answer.tied(), *(others if beyond else ())):
-            beyond = beyond and beyond.explained_by([_tensors(other)])
+        noisy = (_tensors(answer.run(True, unit * NOISE, seed)) for seed in range(32))
+        # What is right in 16 bits is also rounded at its end.
+        others = ([t.to(r.dtype) for t, r in zip(n, ours, strict=False)] for n in noisy)
+        right = (_tensors(other) for other in (answer.eager, answer.tied(True), answer.tied()))
+        for other in (*right, *(others if beyond else ())):
+            beyond = beyond and beyond.explained_by([other])
         words = words or (str(beyond) if beyond else "")
     return words
 
