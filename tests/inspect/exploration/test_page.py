@@ -299,6 +299,10 @@ def test_kernels_weights_routing_and_plan(artifact_page: str, open_page: Open) -
     page.locator(".key", has_text="head").click()
     rows = page.locator("tbody tr")
     assert {text for text in rows.locator("td:nth-child(2)").all_text_contents()} == {"head"}
+    rows.first.locator(".link").click()  # the op that reads it, whose operands have types
+    reads = "Readsmodel.embed_tokens.weight: bf16[1024, 128], bf16, 262.1 kBinput_ids: i64[B, S]"
+    expect(page.locator("#details")).to_contain_text(reads)
+    expect(page.locator("#details")).to_contain_text("Read bymul_13: bf16[B, S, 128] = nn.rms_norm")
     tab(page, "Routing")
     load = page.locator("tbody").first.locator("td:nth-child(2)")
     assert sum(map(int, load.all_text_contents())) > 4

@@ -1,6 +1,6 @@
 // The view of graphs: the passes, and a graph as a picture or as text.
-import {chunks,el,facts,link,plural,time} from './elements.js';
-import {$,ATTRS,BODY,D,INPUTS,LINE,MODULE,NAME,R,T,added,after,before,byLayer,gone,graphAt,irText,layerOf,of,op,outputs,pairs,word} from './ops.js';
+import {bytes,chunks,el,facts,link,plural,time} from './elements.js';
+import {$,ATTRS,BODY,D,INPUTS,LINE,MODULE,NAME,R,T,added,after,arrayOf,before,byLayer,gone,graphAt,irText,layerOf,namesOf,of,op,outputs,pairs,word} from './ops.js';
 import {panes,pictures,reveal} from './panes.js';
 import {show,view} from './main.js';
 import {callText} from './tables.js';
@@ -158,7 +158,15 @@ function opDetails(f,step,at){
   ids.forEach((o,n)=>outputs(o).forEach(([v])=>producers.set(v,n)));
   const mine=new Set(outputs(id).map(([v])=>v));
   const readers=ids.map((o,n)=>[o,n]).filter(([o])=>op(o)[INPUTS].some(i=>mine.has(i)));
-  const item=n=>el('div',{class:'code'},link(outputs(ids[n]).map(o=>o[1]).join(', '),()=>jump(f,step,n)),' = ',word(ids[n],NAME));
+  const item=(n,value)=>{
+    const shown=outputs(ids[n]).filter(o=>value===undefined||o[0]===value);
+    return el('div',{class:'code'},link(shown.map(o=>o[1]).join(', '),()=>jump(f,step,n)),`: ${shown.map(o=>o[2]).join(', ')} = ${word(ids[n],NAME)}`);
+  };
+  const held=name=>{
+    const array=arrayOf(name),count=array&&namesOf(array).length;
+    const type=array?`${array.stored}, ${array.format}, ${bytes(array.bytes)}${count>1?` in one array of ${count} weights`:''}`:D.functions[f].inputs.find(p=>p[0]===name)?.[1];
+    return el('div',{class:'code'},name,type?`: ${type}`:'');
+  };
   const[file,code]=line.includes(': `')?[line.slice(0,line.indexOf(': `')),line.slice(line.indexOf(': `')+3,-1)]:[line,''];
   const calls=step===steps.length-1?D.calls.filter(c=>c.function===D.functions[f].name&&c.ops.includes(at)):[];
   const whys=D.declined.filter(d=>d.where&&(module===d.where||module.startsWith(d.where+'.')));
@@ -170,7 +178,7 @@ function opDetails(f,step,at){
       ['attributes',word(id,ATTRS)]].filter(Boolean)),
     ...(whys.length?[el('h3',{},'Declined here'),...whys.map(d=>el('p',{},el('b',{},d.rule),': ',d.reason))]:[]),
     ...(calls.length?[el('h3',{},'Kernel'),...calls.map(c=>el('div',{},callText(c)))]:[]),
-    el('h3',{},'Reads'),...op(id)[INPUTS].map(i=>producers.has(i)?item(producers.get(i)):el('div',{class:'code'},T[i])),
+    el('h3',{},'Reads'),...op(id)[INPUTS].map(i=>producers.has(i)?item(producers.get(i),i):held(T[i])),
     el('h3',{},'Read by'),...readers.slice(0,40).map(([,n])=>item(n)),readers.length>40?`and ${readers.length-40} more`:'',
     ...(word(id,BODY)?[el('h3',{},'Body'),el('pre',{},word(id,BODY))]:[]),
     el('h3',{},'As text'),el('pre',{},irText(id)));
@@ -179,5 +187,6 @@ export function panel(title,...content){
   $('details').replaceChildren(el('button',{class:'close',type:'button','aria-label':'Close',onclick:close},'×'),
     el('h2',{class:'code'},title),...content);
   $('details').hidden=false;$('details').scrollTop=0;
+  view.querySelector('.box.on,.box:focus')?.scrollIntoView({block:'nearest',inline:'nearest'}); // for the graph is narrower now
 }
 export function close(){$('details').hidden=true}

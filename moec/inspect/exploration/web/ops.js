@@ -18,6 +18,9 @@ export function after(id){
   const attrs=word(id,ATTRS);
   return `(${op(id)[INPUTS].map(i=>quoted(T[i])).join(', ')})${attrs?` <${attrs}>`:''}`;
 }
+// The stored array that holds a weight, perhaps with others.
+export const namesOf=array=>array.name.replace(/\.packed$/,'').split('+');
+export const arrayOf=name=>D.weights.find(w=>namesOf(w).includes(name));
 export const irText=id=>before(id)+word(id,NAME)+after(id);
 export const layers=new Map();
 export function layerOf(id){

@@ -1,6 +1,6 @@
 // Panes with a picture of a graph: alone, or of the graphs before and after a pass side by side.
 import {bytes,big,el,facts,link,percent,plural} from './elements.js';
-import {D,MODULE,NAME,R,graphAt,of,word} from './ops.js';
+import {D,MODULE,NAME,R,arrayOf,graphAt,of,word} from './ops.js';
 import {KIND_NAMES,draw,linesOf,timeOf,titleOf} from './picture.js';
 import {ancestors,treeOf} from './tree.js';
 import {panel,pick} from './graph.js';
@@ -134,7 +134,7 @@ function pane(G,{step,mark,markWord,status,label}){
 // One expert: what it holds, and how often it was chosen.
 function showExpert(box,expert){
   const module=word(box.id,MODULE),block=R.blocks.find(b=>module.startsWith(`${b.name}.`)||module===b.name);
-  const weights=D.weights.filter(w=>(box.weights??[]).some(n=>w.name.replace(/\.packed$/,'').split('+').includes(n)));
+  const weights=[...new Set((box.weights??[]).map(arrayOf))].filter(Boolean);
   const load=loadOf(module,expert),size=weights.reduce((n,w)=>n+w.bytes,0);
   panel(`expert ${expert}`,facts([['of',block?block.name:module],['op',word(box.id,NAME)],
     ['router',block?.router],['activation',block?.activation],

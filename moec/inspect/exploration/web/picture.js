@@ -1,6 +1,6 @@
 // A graph as boxes and arrows in SVG, laid out box by box by dagre.
 import {bytes,el,percent,plural} from './elements.js';
-import {D,R,T,ATTRS,MODULE,NAME,irText,outputs,word} from './ops.js';
+import {D,R,T,ATTRS,MODULE,NAME,irText,namesOf,outputs,word} from './ops.js';
 import {IN,OUT,shortName} from './tree.js';
 
 const HEAD=30,LEADING=15,PAD=12,CELL=34,GAP=4;
@@ -27,7 +27,7 @@ const BOLD='600 13px ui-sans-serif,system-ui,sans-serif',SMALL='11px ui-sans-ser
 const clip=(words,most=44)=>words.length>most?`${words.slice(0,most-1)}…`:words;
 
 // What a box says: its title, and smaller lines.
-const stored=new Map(D.weights.flatMap(w=>w.name.replace(/\.packed$/,'').split('+').map((n,i)=>[n,i?null:w])));
+const stored=new Map(D.weights.flatMap(w=>namesOf(w).map((n,i)=>[n,i?null:w])));
 const inModule=(path,module)=>module===path||module.startsWith(`${path}.`)||module.startsWith(`${path} `);
 const phase=D.profile&&(D.profile.phases.find(p=>p.name==='decode')??D.profile.phases[0]);
 export function timeOf(path){

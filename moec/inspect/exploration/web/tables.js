@@ -1,6 +1,6 @@
 // Kernels, weights and a plan.
 import {big,bytes,chunks,el,facts,link,meter,percent,plural,table,time} from './elements.js';
-import {D,NAME,graphAt,word} from './ops.js';
+import {D,INPUTS,NAME,T,graphAt,namesOf,op,word} from './ops.js';
 import {jump} from './graph.js';
 import {heatMap} from './heatmap.js';
 import {show} from './main.js';
@@ -77,12 +77,15 @@ export function weights(){
   const sorted=byKind(),total=D.weights.reduce((n,w)=>n+w.bytes,0)||1;
   const colour=i=>COLOURS[i%COLOURS.length],toggle=k=>{kindShown=kindShown===k?'':k;show('weights')};
   const shown=D.weights.filter(w=>!kindShown||w.kind===kindShown);
+  const last=D.functions[0].steps.length-1;
+  const readers=new Map(graphAt(0,last).flatMap((id,at)=>op(id)[INPUTS].map(i=>[T[i],at])).reverse()); // the first of each
+  const reader=w=>{const at=namesOf(w).map(n=>readers.get(n)).find(n=>n!==undefined);return at===undefined?w.module:link(w.module||'its reader',()=>jump(0,last,at))};
   return[el('p',{},`${bytes(total)} in ${plural(D.weights.length,'array')}`+(D.artifact?', as packed for the kernels.':', before code generation packs them.')),
     el('div',{class:'bar','aria-hidden':'true'},...sorted.map(([k,v],i)=>el('i',{title:`${k}: ${bytes(v.bytes)}`,css:{width:percent(v.bytes/total).replace(' ',''),background:colour(i)}}))),
     el('div',{},...sorted.map(([k,v],i)=>el('button',{class:'key',type:'button','aria-pressed':String(k===kindShown),onclick:()=>toggle(k)},
       el('i',{css:{background:colour(i)}}),el('span',{},`${k}: ${bytes(v.bytes)}, ${percent(v.bytes/total)}, ${[...v.formats.keys()].join(', ')}`)))),
     el('h2',{},kindShown?`Weights of ${kindShown}`:'All weights'),
-    table(['weight','of','module','format','stored as','#bytes','#share',''],shown,w=>[w.name,w.kind,w.module,w.format,w.stored,bytes(w.bytes),percent(w.bytes/total),meter(w.bytes/shown[0].bytes)])];
+    table(['weight','of','module','format','stored as','#bytes','#share',''],shown,w=>[w.name,w.kind,reader(w),w.format,w.stored,bytes(w.bytes),percent(w.bytes/total),meter(w.bytes/shown[0].bytes)])];
 }
 
 // A plan.
