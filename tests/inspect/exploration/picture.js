@@ -17,6 +17,16 @@
       return others.map(place).some(b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom);
     }).map(box => box.dataset.key);
   },
+  // A point beside the arrow from the first norm to the attention.
+  arrow() {
+    const [edge] = [...document.querySelectorAll('.edge')].filter(e => /self_attn$/.test(e.dataset.to) && e.dataset.from !== 'in');
+    const {x, y} = edge.getPointAtLength(edge.getTotalLength() / 2).matrixTransform(edge.getScreenCTM());
+    return [x, y + 3];
+  },
+  // What the marked arrows lead to.
+  marked() {
+    return [...document.querySelectorAll('.edge.on')].map(edge => edge.dataset.to.replace(/^op:\d+$/, 'op'));
+  },
   // Seconds to open and draw all boxes.
   opened() {
     const start = performance.now();

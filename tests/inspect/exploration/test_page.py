@@ -163,6 +163,19 @@ def test_a_block_opens_into_its_experts(artifact_page: str, open_page: Open) -> 
     expect(details).to_contain_text(re.compile(r"load\d\.\d\d times the mean"))
 
 
+def test_arrows(artifact_page: str, open_page: Open) -> None:
+    """One tells by a click what it carries, from where and to where; those of an op are marked."""
+    page = open_page(artifact_page, viewport={"width": 1280, "height": 800})
+    tab(page, "Graph")
+    page.mouse.click(*asked(page, "arrow"))
+    details = page.locator("#details")
+    expect(details).to_contain_text("Made bymul_13: bf16[B, S, 128] = nn.rms_normRead bylinear:")
+    assert asked(page, "marked") == ["model.layers.0.self_attn"]
+    details.locator(".link").first.click()
+    expect(details.locator("h2")).to_have_text("nn.rms_norm")
+    assert asked(page, "marked") == ["model.layers.0", "op", "model.layers.0.self_attn"]
+
+
 def test_what_a_pass_changed(model_page: str, open_page: Open) -> None:
     """Before and after side by side; as text, the layers that it changed."""
     page = open_page(model_page)

@@ -1,6 +1,6 @@
 // The view of graphs: the passes, and a graph as a picture or as text.
 import {bytes,chunks,el,facts,link,plural,time} from './elements.js';
-import {$,ATTRS,BODY,D,INPUTS,LINE,MODULE,NAME,R,T,added,after,arrayOf,before,byLayer,gone,graphAt,irText,layerOf,namesOf,of,op,outputs,pairs,word} from './ops.js';
+import {$,ATTRS,BODY,D,LINE,MODULE,NAME,R,T,added,after,arrayOf,before,byLayer,gone,graphAt,inputs,irText,layerOf,namesOf,of,op,outputs,pairs,word} from './ops.js';
 import {panes,pictures,reveal} from './panes.js';
 import {show,view} from './main.js';
 import {callText} from './tables.js';
@@ -149,15 +149,9 @@ export function pick(f,step,at){
   panes.forEach(p=>p.markPicked());
   opDetails(f,step,at);
 }
-function opDetails(f,step,at){
-  const ids=graphAt(f,step),id=ids[at],steps=D.functions[f].steps,line=word(id,LINE),module=word(id,MODULE);
-  let since=step,until=step;
-  while(since>0&&graphAt(f,since-1).includes(id))since--;
-  while(until<steps.length-1&&graphAt(f,until+1).includes(id))until++;
-  const producers=new Map();
-  ids.forEach((o,n)=>outputs(o).forEach(([v])=>producers.set(v,n)));
-  const mine=new Set(outputs(id).map(([v])=>v));
-  const readers=ids.map((o,n)=>[o,n]).filter(([o])=>op(o)[INPUTS].some(i=>mine.has(i)));
+// The makers and readers of values, as links to their ops.
+function around(f,step){
+  const ids=graphAt(f,step),makers=new Map(ids.flatMap((id,n)=>outputs(id).map(([v])=>[v,n])));
   const item=(n,value)=>{
     const shown=outputs(ids[n]).filter(o=>value===undefined||o[0]===value);
     return el('div',{class:'code'},link(shown.map(o=>o[1]).join(', '),()=>jump(f,step,n)),`: ${shown.map(o=>o[2]).join(', ')} = ${word(ids[n],NAME)}`);
@@ -167,6 +161,23 @@ function opDetails(f,step,at){
     const type=array?`${array.stored}, ${array.format}, ${bytes(array.bytes)}${count>1?` in one array of ${count} weights`:''}`:D.functions[f].inputs.find(p=>p[0]===name)?.[1];
     return el('div',{class:'code'},name,type?`: ${type}`:'');
   };
+  const readBy=values=>{
+    const readers=[...ids.keys()].filter(n=>inputs(ids[n]).some(i=>values.includes(i)));
+    return[el('h3',{},'Read by'),...readers.slice(0,40).map(n=>item(n)),readers.length>40?`and ${readers.length-40} more`:''];
+  };
+  return{made:v=>makers.has(v)?item(makers.get(v),v):held(T[v]),readBy};
+}
+// What an arrow carries.
+export function valueDetails(f,step,values){
+  const{made,readBy}=around(f,step);
+  panel(values.map(v=>T[v]).join(', '),...values.flatMap(v=>[el('h3',{},'Made by'),made(v),...readBy([v])]));
+}
+function opDetails(f,step,at){
+  const ids=graphAt(f,step),id=ids[at],steps=D.functions[f].steps,line=word(id,LINE),module=word(id,MODULE);
+  let since=step,until=step;
+  while(since>0&&graphAt(f,since-1).includes(id))since--;
+  while(until<steps.length-1&&graphAt(f,until+1).includes(id))until++;
+  const{made,readBy}=around(f,step);
   const[file,code]=line.includes(': `')?[line.slice(0,line.indexOf(': `')),line.slice(line.indexOf(': `')+3,-1)]:[line,''];
   const calls=step===steps.length-1?D.calls.filter(c=>c.function===D.functions[f].name&&c.ops.includes(at)):[];
   const whys=D.declined.filter(d=>d.where&&(module===d.where||module.startsWith(d.where+'.')));
@@ -178,8 +189,7 @@ function opDetails(f,step,at){
       ['attributes',word(id,ATTRS)]].filter(Boolean)),
     ...(whys.length?[el('h3',{},'Declined here'),...whys.map(d=>el('p',{},el('b',{},d.rule),': ',d.reason))]:[]),
     ...(calls.length?[el('h3',{},'Kernel'),...calls.map(c=>el('div',{},callText(c)))]:[]),
-    el('h3',{},'Reads'),...op(id)[INPUTS].map(i=>producers.has(i)?item(producers.get(i),i):held(T[i])),
-    el('h3',{},'Read by'),...readers.slice(0,40).map(([,n])=>item(n)),readers.length>40?`and ${readers.length-40} more`:'',
+    el('h3',{},'Reads'),...inputs(id).map(made),...readBy(outputs(id).map(([v])=>v)),
     ...(word(id,BODY)?[el('h3',{},'Body'),el('pre',{},word(id,BODY))]:[]),
     el('h3',{},'As text'),el('pre',{},irText(id)));
 }

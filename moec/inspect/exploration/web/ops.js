@@ -7,6 +7,7 @@ export const of=D.comparison?'of':'after'; // steps are A and B, or passes
 // Ops: rows [name, attributes, module, line, body, inputs, outputs as name, type, name, type …].
 export const NAME=0,ATTRS=1,MODULE=2,LINE=3,BODY=4,INPUTS=5,OUTPUTS=6;
 export const op=id=>D.ops[id],word=(id,field)=>T[D.ops[id][field]];
+export const inputs=id=>D.ops[id][INPUTS];
 export const quoted=name=>/^[A-Za-z_][\w.]*$/.test(name)?name:JSON.stringify(name);
 export function outputs(id){
   const o=op(id)[OUTPUTS],list=[];

@@ -1,9 +1,9 @@
 // Panes with a picture of a graph: alone, or of the graphs before and after a pass side by side.
 import {bytes,big,el,facts,link,percent,plural} from './elements.js';
-import {D,MODULE,NAME,R,arrayOf,graphAt,of,word} from './ops.js';
-import {KIND_NAMES,draw,linesOf,timeOf,titleOf} from './picture.js';
-import {ancestors,treeOf} from './tree.js';
-import {panel,pick} from './graph.js';
+import {D,MODULE,NAME,R,arrayOf,graphAt,inputs,of,outputs,word} from './ops.js';
+import {HEAD,KIND_NAMES,LEADING,draw,linesOf,timeOf,titleOf} from './picture.js';
+import {OUT,ancestors,treeOf} from './tree.js';
+import {panel,pick,valueDetails} from './graph.js';
 import {loadOf} from './routing.js';
 
 const SHOWN=40; // boxes that are opened without a click
@@ -61,8 +61,7 @@ function pane(G,{step,mark,markWord,status,label}){
     find:act=>[...boxes.values()].find(act),keys:()=>[...boxes.values()].filter(b=>b.children.length).map(b=>b.key),
     load:(box,e)=>loadOf(word(box.id,MODULE),e),isPicked:box=>box.kind==='op'&&!!G.picked&&G.picked[1]===step&&G.picked[2]===box.at,
     openTo:at=>ancestors(leaves[at]).forEach(b=>G.opened.add(b.key)),
-    markPicked:()=>frame.querySelectorAll('.box.op').forEach(b=>b.classList.toggle('on',p.isPicked(boxes.get(b.dataset.key)))),
-    firstOpen,redraw};
+    firstOpen,redraw,markPicked};
 
   function firstOpen(wanted){
     const keys=new Set(),open=box=>[...ancestors(box),box].forEach(b=>keys.add(b.key));
@@ -87,6 +86,7 @@ function pane(G,{step,mark,markWord,status,label}){
     }
     const picture=draw(root,p);
     frame.replaceChildren(picture);
+    if(G.picked)markPicked();
     const box=picture.querySelector('[data-key][tabindex]');
     if(box)box.setAttribute('tabindex',0);
     if(held&&!first)[frame.scrollLeft,frame.scrollTop]=held;
@@ -95,6 +95,16 @@ function pane(G,{step,mark,markWord,status,label}){
       const seen=mark&&picture.querySelector(`.box.op.${mark}`)?.getBoundingClientRect(),place=frame.getBoundingClientRect();
       frame.scrollLeft=seen?seen.left+seen.width/2-place.left-room/2:(frame.scrollWidth-room)/2;
       if(seen)frame.scrollTop=seen.top-place.top-90;
+    }
+  }
+  // The box that was picked, the arrows from it to all readers, and those from what it reads to it; or those of `values`.
+  function markPicked(values){
+    frame.querySelectorAll('.box.op').forEach(b=>b.classList.toggle('on',p.isPicked(boxes.get(b.dataset.key))));
+    const leaf=G.picked?.[1]===step?leaves[G.picked[2]]:null,around=new Set(leaf?[leaf,...ancestors(leaf)].map(b=>b.key):[]);
+    const made=values??(leaf?outputs(leaf.id).map(([v])=>v):[]),read=leaf?inputs(leaf.id):[];
+    for(const edge of frame.querySelectorAll('.edge')){
+      const towards=around.has(edge.dataset.to)||edge.dataset.to===OUT&&!around.has(edge.parentNode.dataset.key);
+      edge.classList.toggle('on',made.some(v=>edge.values.has(v))||towards&&read.some(v=>edge.values.has(v)));
     }
   }
   // A box that opens stays where it is on the screen.
@@ -114,8 +124,16 @@ function pane(G,{step,mark,markWord,status,label}){
     if(box.children.length||box.experts)toggle(box);
   }
   function clicked(event){
-    const node=event.target.closest('[role=button]');
-    if(node)act(node);
+    const node=event.target.closest('[role=button]'),box=boxes.get(node?.dataset.key);
+    if(node&&!box?.isOpen)return act(node);
+    const{clientX:x,clientY:y}=event,near=[0,-1,1,-2,2,-3,3,-4,4].flatMap(d=>[[x+d,y],[x,y+d]]).map(at=>document.elementFromPoint(...at));
+    const edge=near.find(e=>e?.matches('.edge')&&frame.contains(e)); // few hit a thin line
+    if(edge){
+      const values=[...edge.values];
+      G.picked=null;
+      panes.forEach(x=>x.markPicked(x===p?values:[]));
+      valueDetails(G.f,step,values);
+    }else if(node&&y-node.getBoundingClientRect().top<p.zoom*(HEAD+LEADING*box.lines.length))act(node);
   }
   function typed(event){
     const node=event.target.closest('[role=button]');

@@ -3,7 +3,8 @@ import {bytes,el,percent,plural} from './elements.js';
 import {D,R,T,ATTRS,MODULE,NAME,irText,namesOf,outputs,word} from './ops.js';
 import {IN,OUT,shortName} from './tree.js';
 
-const HEAD=30,LEADING=15,PAD=12,CELL=34,GAP=4;
+export const HEAD=30,LEADING=15;
+const PAD=12,CELL=34,GAP=4;
 const KINDS=[['experts',/^(grouped\.|moec?\.)/],['attention',/attention|rotary|softmax|sdpa/],
   ['matrix product',/linear|matmul|\bmm\b|bmm|addmm|conv|einsum|lowp|quant/],['normalisation',/norm/],['lookup',/embedding|gather|index|scatter|nonzero|where/],
   ['layout',/reshape|permute|view|transpose|cat\b|slice|expand|cast|clone|split|squeeze|_to_copy|contiguous|stack/]];
@@ -160,8 +161,10 @@ function drawChildren(box,pane,top){
     const points=[start,...leaves,...e.points,...enters,end].map(([x,y])=>[x+shift,y+top]);
     for(const[key,[x,y]]of[[IN,points[0]],[OUT,points.at(-1)]])if(e[key===IN?'from':'to']===key)out.push(svg('circle',{class:'border',cx:x,cy:y,r:3}));
     const values=box.edges.get(`${e.from}\n${e.to}`);
-    out.push(svg('path',{class:'edge','data-from':e.from,'data-to':e.to,d:pathOf(points),'marker-end':e.to===OUT?undefined:`url(#arrow${pane.side})`},
-      svg('title',{},[...values.values].map(v=>T[v]).join(', '))));
+    const path=svg('path',{class:'edge','data-from':e.from,'data-to':e.to,d:pathOf(points),'marker-end':e.to===OUT?undefined:`url(#arrow${pane.side})`},
+      svg('title',{},[...values.values].map(v=>T[v]).join(', ')));
+    path.values=values.values;
+    out.push(path);
   }
   for(const child of box.children)out.push(drawBox(child,pane,child.x+shift,child.y+top));
   return out;
