@@ -176,6 +176,29 @@ def test_arrows(artifact_page: str, open_page: Open) -> None:
     assert asked(page, "marked") == ["model.layers.0", "op", "model.layers.0.self_attn"]
 
 
+def test_a_mouse_moves_the_picture(artifact_page: str, open_page: Open) -> None:
+    """A drag scrolls it, and the wheel with Ctrl scales it about the pointer; + and 0 are keys."""
+    page = open_page(artifact_page, viewport={"width": 1280, "height": 800})
+    tab(page, "Graph")
+    picture = page.locator(".picture")
+    before = place(picture)
+    page.mouse.move(700, 600)
+    page.mouse.down()
+    page.mouse.move(700, 400, steps=5)
+    page.mouse.up()
+    assert place(picture)["y"] == pytest.approx(before["y"] - 200, abs=1)
+    expect(page.locator("#details")).to_be_hidden()
+    box = place(page.locator(".box.open > .title").last)
+    page.mouse.move(box["x"], box["y"])
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -120)
+    page.keyboard.up("Control")
+    expect(picture).not_to_have_attribute("width", str(before["width"]))
+    assert place(page.locator(".box.open > .title").last)["y"] == pytest.approx(box["y"], abs=2)
+    page.keyboard.press("0")
+    assert place(picture)["width"] == pytest.approx(before["width"], abs=1)
+
+
 def test_what_a_pass_changed(model_page: str, open_page: Open) -> None:
     """Before and after side by side; as text, the layers that it changed."""
     page = open_page(model_page)

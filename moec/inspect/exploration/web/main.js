@@ -4,7 +4,7 @@ import {$,D,LINE,MODULE,R,graphAt,irText,of,word} from './ops.js';
 import {comparison} from './comparison.js';
 import {G,close,graphView,jump,row} from './graph.js';
 import {overview} from './overview.js';
-import {mountPanes} from './panes.js';
+import {fit,mountPanes,panes,zoom} from './panes.js';
 import {routing} from './routing.js';
 import {kernels,plan,weights} from './tables.js';
 
@@ -62,6 +62,10 @@ document.addEventListener('keydown',e=>{
   if(e.key==='/'&&!typing){e.preventDefault();query.focus();query.select();return}
   if(e.key==='Escape'){if(query.value){query.value='';show(tab)}else close();return}
   if(at===query&&e.key!=='ArrowDown'||typing&&at!==query||e.ctrlKey||e.metaKey||e.altKey)return;
+  if(/^[-+=0]$/.test(e.key)&&panes[0]?.element.isConnected){
+    e.key==='0'?fit():zoom(e.key==='-'?1/1.2:1.2);
+    e.preventDefault();return;
+  }
   if(at.role==='tab'&&/^Arrow(Left|Right)$/.test(e.key)){
     const list=[...$('tabs').children],next=list[(list.indexOf(at)+(e.key==='ArrowRight'?1:list.length-1))%list.length];
     next.click();next.focus();e.preventDefault();return;

@@ -24,14 +24,19 @@ export function pictures(G,tools){
     G.wanted=null;
   }
   if(G.picked)for(const p of panes)if(p.step===G.picked[1])p.openTo(G.picked[2]);
-  const zoom=by=>{const z=Math.max(0.25,Math.min(2,panes[0].zoom*by));panes.forEach(p=>{p.zoom=z;p.redraw()})};
   const button=(name,label,act)=>el('button',{type:'button','aria-label':label,title:label,onclick:act},name);
-  tools.append(el('span',{class:'choice'},button('−','Smaller',()=>zoom(1/1.2)),button('+','Larger',()=>zoom(1.2)),button('Fit','Fit the width',()=>{panes.forEach(p=>{p.zoom=0});mountPanes()})),
+  tools.append(el('span',{class:'choice'},button('−','Smaller',()=>zoom(1/1.2)),button('+','Larger',()=>zoom(1.2)),button('Fit','Fit the width',fit)),
     link('Open all',()=>{G.opened=new Set(panes.flatMap(p=>p.keys()));panes.forEach(p=>p.redraw())}),
     link('Close all',()=>{G.opened=new Set();panes.forEach(p=>p.redraw())}));
   return[el('div',{class:'legend'},...KIND_NAMES.map((n,i)=>el('span',{class:'key'},el('i',{class:`k${i}`}),n))),
     el('div',{class:'panes'},...panes.map(p=>p.element))];
 }
+// All panes have one scale; `at` is the point of the screen that stays, of a pane.
+export function zoom(by,at){
+  const z=Math.max(0.05,Math.min(3,panes[0].zoom*by));
+  panes.forEach(p=>p.zoomTo(z,at));
+}
+export function fit(){panes.forEach(p=>{p.zoom=0});mountPanes()}
 export function mountPanes(){
   if(!panes[0]?.element.isConnected)return;
   panes.forEach(p=>p.redraw());
@@ -54,14 +59,15 @@ function pane(G,{step,mark,markWord,status,label}){
   const{root,leaves}=treeOf(G.f,step,status),boxes=new Map();
   const each=(box,act)=>{for(const c of box.children){act(c);each(c,act)}};
   each(root,box=>boxes.set(box.key,box));
-  const frame=el('div',{class:'frame-scroll',onclick:clicked,onkeydown:typed});
+  const frame=el('div',{class:'frame-scroll',onclick:clicked,onkeydown:typed,onpointerdown:held,onpointermove:dragged,
+    onwheel:e=>{if(e.ctrlKey||e.metaKey){e.preventDefault();zoom(Math.exp(-e.deltaY/300),e)}}});
   const count=status.size?el('span',{class:mark},`${mark==='gone'?'−':'+'}${status.size}`):'';
   const p={step,mark,markWord,label,side:mark||'one',zoom:0,get open(){return G.opened},
     element:el('figure',{class:'pane'},G.changes?el('figcaption',{},label,' ',count):'',frame),
     find:act=>[...boxes.values()].find(act),keys:()=>[...boxes.values()].filter(b=>b.children.length).map(b=>b.key),
     load:(box,e)=>loadOf(word(box.id,MODULE),e),isPicked:box=>box.kind==='op'&&!!G.picked&&G.picked[1]===step&&G.picked[2]===box.at,
     openTo:at=>ancestors(leaves[at]).forEach(b=>G.opened.add(b.key)),
-    firstOpen,redraw,markPicked};
+    firstOpen,redraw,markPicked,zoomTo};
 
   function firstOpen(wanted){
     const keys=new Set(),open=box=>[...ancestors(box),box].forEach(b=>keys.add(b.key));
@@ -97,6 +103,26 @@ function pane(G,{step,mark,markWord,status,label}){
       if(seen)frame.scrollTop=seen.top-place.top-90;
     }
   }
+  function zoomTo(z,at){
+    const picture=frame.firstChild,b=frame.getBoundingClientRect(),inside=at&&at.clientX>=b.left&&at.clientX<b.right;
+    const x=inside?at.clientX:b.left+b.width/2,y=inside?at.clientY:b.top+b.height/2,old=picture.getBoundingClientRect();
+    for(const side of['width','height'])picture.setAttribute(side,picture.getAttribute(side)*z/p.zoom);
+    p.zoom=z;
+    const now=picture.getBoundingClientRect();
+    frame.scrollLeft+=now.left+(x-old.left)/old.width*now.width-x;
+    frame.scrollTop+=now.top+(y-old.top)/old.height*now.height-y;
+  }
+  // The mouse drags the picture; a finger does so anyway.
+  let drag=null;
+  function held(e){drag=e.button===0&&e.pointerType==='mouse'&&e.target!==frame?{x:e.clientX,y:e.clientY,moved:false}:null}
+  function dragged(e){
+    if(!drag||!(e.buttons&1))return;
+    drag.moved||=Math.hypot(e.clientX-drag.x,e.clientY-drag.y)>4;
+    if(!drag.moved)return;
+    frame.setPointerCapture(e.pointerId);
+    frame.scrollLeft-=e.clientX-drag.x;frame.scrollTop-=e.clientY-drag.y;
+    Object.assign(drag,{x:e.clientX,y:e.clientY});
+  }
   // The box that was picked, the arrows from it to all readers, and those from what it reads to it; or those of `values`.
   function markPicked(values){
     frame.querySelectorAll('.box.op').forEach(b=>b.classList.toggle('on',p.isPicked(boxes.get(b.dataset.key))));
@@ -124,8 +150,11 @@ function pane(G,{step,mark,markWord,status,label}){
     if(box.children.length||box.experts)toggle(box);
   }
   function clicked(event){
+    const moved=drag?.moved;
+    drag=null;
+    if(moved)return;
     const node=event.target.closest('[role=button]'),box=boxes.get(node?.dataset.key);
-    if(node&&!box?.isOpen)return act(node);
+    if(node&&(!box?.isOpen||!event.detail))return act(node); // without detail it is a screen reader's
     const{clientX:x,clientY:y}=event,near=[0,-1,1,-2,2,-3,3,-4,4].flatMap(d=>[[x+d,y],[x,y+d]]).map(at=>document.elementFromPoint(...at));
     const edge=near.find(e=>e?.matches('.edge')&&frame.contains(e)); // few hit a thin line
     if(edge){
