@@ -18,8 +18,8 @@ class PageText(str):
     """HTML; a notebook shows it in a frame."""
 
     def _repr_html_(self) -> str:
-        size = 'width="100%" height="800"'
-        return f'<iframe sandbox="allow-scripts" {size} srcdoc="{escape(self)}"></iframe>'
+        frame = 'sandbox="allow-scripts allow-downloads" width="100%" height="800"'
+        return f'<iframe {frame} srcdoc="{escape(self)}"></iframe>'
 
 
 def page(data: Mapping[str, Any]) -> PageText:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -244,6 +245,25 @@ def compared() -> ArtifactComparison:
     )
     steps = (GraphStep("A", one), GraphStep("B", two))
     return replace(FIXED, graphs={"main": steps, "decode": steps[1:]})
+
+
+def test_the_picture_as_a_file(model_page: str, open_page: Open) -> None:
+    """Both graphs, with their colours but without the page's style; a PNG has 2 pixels a point."""
+    page = open_page(model_page)
+    after_pass(page, "recognise-experts")
+    saved = []
+    for kind in ("SVG", "PNG"):
+        with page.expect_download() as download:
+            press(page, f"Save the picture as {kind}")
+        saved.append(download.value.path().read_bytes())
+    root = ElementTree.fromstring(saved[0])
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"before recognise-experts", "after recognise-experts", "moe.experts"} < set(texts)
+    assert b"var(" not in saved[0]
+    assert b'fill="rgb(228, 244, 232)"' in saved[0]
+    assert saved[1][:4] == b"\x89PNG"
+    size = [int.from_bytes(saved[1][at : at + 4], "big") for at in (16, 20)]
+    assert size == [int(2 * float(root.attrib[side])) for side in ("width", "height")]
 
 
 def test_a_comparison(open_page: Open) -> None:

@@ -1,7 +1,7 @@
 // Panes with a picture of a graph: alone, or of the graphs before and after a pass side by side.
 import {bytes,big,el,facts,link,percent,plural} from './elements.js';
 import {D,MODULE,NAME,R,arrayOf,graphAt,inputs,of,outputs,word} from './ops.js';
-import {HEAD,KIND_NAMES,LEADING,draw,linesOf,timeOf,titleOf} from './picture.js';
+import {HEAD,KIND_NAMES,LEADING,draw,linesOf,svgFile,timeOf,titleOf} from './picture.js';
 import {OUT,ancestors,treeOf} from './tree.js';
 import {panel,pick,valueDetails} from './graph.js';
 import {loadOf} from './routing.js';
@@ -26,6 +26,7 @@ export function pictures(G,tools){
   if(G.picked)for(const p of panes)if(p.step===G.picked[1])p.openTo(G.picked[2]);
   const button=(name,label,act)=>el('button',{type:'button','aria-label':label,title:label,onclick:act},name);
   tools.append(el('span',{class:'choice'},button('−','Smaller',()=>zoom(1/1.2)),button('+','Larger',()=>zoom(1.2)),button('Fit','Fit the width',fit)),
+    el('span',{class:'choice'},button('SVG','Save the picture as SVG',()=>save(false)),button('PNG','Save the picture as PNG',()=>save(true))),
     link('Open all',()=>{G.opened=new Set(panes.flatMap(p=>p.keys()));panes.forEach(p=>p.redraw())}),
     link('Close all',()=>{G.opened=new Set();panes.forEach(p=>p.redraw())}));
   return[el('div',{class:'legend'},...KIND_NAMES.map((n,i)=>el('span',{class:'key'},el('i',{class:`k${i}`}),n))),
@@ -37,6 +38,20 @@ export function zoom(by,at){
   panes.forEach(p=>p.zoomTo(z,at));
 }
 export function fit(){panes.forEach(p=>{p.zoom=0});mountPanes()}
+const LARGEST=16384,AREA=1<<27; // of a canvas, which has two pixels a point where it can
+async function save(asPng){
+  const{width,height,text}=svgFile(panes);
+  let blob=new Blob([text],{type:'image/svg+xml'});
+  if(asPng){
+    const image=new Image(),scale=Math.min(2,LARGEST/Math.max(width,height),Math.sqrt(AREA/width/height));
+    image.src=`data:image/svg+xml,${encodeURIComponent(text)}`;
+    await image.decode();
+    const canvas=el('canvas',{width:width*scale,height:height*scale});
+    canvas.getContext('2d').drawImage(image,0,0,canvas.width,canvas.height);
+    blob=await new Promise(done=>canvas.toBlob(done));
+  }
+  el('a',{href:URL.createObjectURL(blob),download:`${D.title} ${panes.at(-1).label}.${asPng?'png':'svg'}`.replace(/[\\/:]/g,'-')}).click();
+}
 export function mountPanes(){
   if(!panes[0]?.element.isConnected)return;
   panes.forEach(p=>p.redraw());

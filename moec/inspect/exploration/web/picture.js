@@ -141,6 +141,24 @@ export function draw(root,pane){
   picture.append(...drawChildren(root,pane,0));
   return picture;
 }
+// Pictures side by side as an SVG of their own: the page's style is written into the elements, as other programs read no variables.
+const STYLE={text:['fill','font-family','font-size','font-weight'],'':['fill','stroke','stroke-width']};
+export function svgFile(panes){
+  const ground=getComputedStyle(panes[0].element.querySelector('.frame-scroll')).backgroundColor,space=20,titled=panes.length>1;
+  let width=space,height=0;
+  const parts=panes.flatMap(p=>{
+    const picture=p.element.querySelector('.picture'),copy=picture.cloneNode(true),{width:w,height:h}=picture.viewBox.baseVal,copies=copy.querySelectorAll('*');
+    picture.querySelectorAll('*').forEach((e,i)=>{
+      const style=getComputedStyle(e);
+      for(const name of STYLE[e.tagName]??STYLE[''])copies[i].setAttribute(name,style.getPropertyValue(name));
+    });
+    for(const[name,v]of Object.entries({x:width,y:titled?44:space,width:w,height:h}))copy.setAttribute(name,v);
+    const title=text(width,28,titled?p.label:'',{'font-family':'sans-serif','font-size':16,fill:getComputedStyle(p.element).color});
+    width+=w+space;height=Math.max(height,h+(titled?44:space)+space);
+    return[title,copy];
+  });
+  return{width,height,text:new XMLSerializer().serializeToString(svg('svg',{width,height,viewBox:`0 0 ${width} ${height}`},svg('rect',{width,height,fill:ground}),...parts))};
+}
 function drawChildren(box,pane,top){
   const byKey=new Map(box.children.map(c=>[c.key,c])),out=[];
   const shift=box.parent?(box.w-box.inner.width)/2:0;
