@@ -156,12 +156,10 @@ def _shapes(general: Widened) -> tuple[tuple[int, ...], ...]:
 
 
 def _speculated(
-    request: CaptureRequest, first: Widened, excluded_before: Sequence[AxisGroup] = ()
+    request: CaptureRequest, first: Widened, wrong: Sequence[AxisGroup] = ()
 ) -> Captured:
-    """Capture with branches on data answered and proved, at the lengths of `first`, or without the
-    groups that excluded the example before, where a branch on a size takes another side there.
-    Raises CaptureError where an answer is not proved."""
-    wrong = excluded_before
+    """Capture with branches on data answered and proved, at the lengths of `first` or without the
+    groups `wrong`, which excluded the example. Raises CaptureError where one is not proved."""
     general = _widened(request, wrong, first=first) if wrong else first
     with PROCESS_STATE, gc_paused():
         rows = speculated_form(request, general, request.call.tensors)
