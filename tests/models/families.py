@@ -73,6 +73,21 @@ def _causal(name: str, **fields: Any) -> Family:
     return Family(f"{name}ForCausalLM", f"{name}Config", fields)
 
 
+_DEEPSEEK: dict[str, Any] = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+
 FAMILIES: dict[str, Family] = {
     "mixtral": _causal("Mixtral", intermediate_size=96, num_local_experts=4),
     "qwen2_moe": _causal(
@@ -93,40 +108,8 @@ FAMILIES: dict[str, Family] = {
         norm_topk_prob=True,
     ),
     "olmoe": _causal("Olmoe", intermediate_size=32, num_experts=8, num_experts_per_tok=2),
-    "deepseek_v2": _causal(
-        "DeepseekV2",
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        num_key_value_heads=4,
-        kv_lora_rank=16,
-        q_lora_rank=24,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-    ),
-    "deepseek_v3": _causal(
-        "DeepseekV3",
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=1,
-        num_key_value_heads=4,
-        kv_lora_rank=16,
-        q_lora_rank=24,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-    ),
+    "deepseek_v2": _causal("DeepseekV2", **_DEEPSEEK, n_group=1, topk_group=1),
+    "deepseek_v3": _causal("DeepseekV3", **_DEEPSEEK, n_group=4, topk_group=2),
     "gpt_oss": _causal(
         "GptOss",
         intermediate_size=32,

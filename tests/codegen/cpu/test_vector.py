@@ -10,13 +10,9 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import TARGETS, missing
+from tests.cuda_emulator.products import TORCH
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = TORCH | {"float64": torch.float64}
 RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "avx2-vnni"]
 each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 

@@ -298,10 +298,16 @@ assert tvm.get_global_func("runtime.NumThreads")() == min(THREADS, os.cpu_count(
 def test_results_do_not_depend_on_the_number_of_threads(
     warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    same_with_any_threads(SCRIPT, warm, tmp_path, monkeypatch)
+
+
+def same_with_any_threads(
+    script: str, warm: Warm, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs = set()
     for threads in (1, 2):
         monkeypatch.setenv("TVM_NUM_THREADS", str(threads))
-        result = warm.run(Program(SCRIPT.replace("THREADS", str(threads))), tmp_path)
+        result = warm.run(Program(script.replace("THREADS", str(threads))), folder)
         assert result.returncode == 0, result.stderr
         outputs.add(result.stdout)
     (output,) = outputs

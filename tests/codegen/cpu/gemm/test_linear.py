@@ -14,7 +14,7 @@ from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS, CpuTarget, missing
-from tests.fresh import Program
+from tests.codegen.cpu.attention.test_attention import same_with_any_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ELSEWHERE = ("amx", "avx2-vnni")  # test_amx_tile.py, quantised/test_grouped.py
@@ -191,14 +191,7 @@ print(y.numpy().tobytes().hex())
 
 
 def test_results_do_not_depend_on_the_number_of_threads(warm, tmp_path, monkeypatch):
-    outputs = set()
-    for threads in (1, 2):
-        monkeypatch.setenv("TVM_NUM_THREADS", str(threads))
-        result = warm.run(Program(SCRIPT.replace("THREADS", str(threads))), tmp_path)
-        assert result.returncode == 0, result.stderr
-        outputs.add(result.stdout)
-    (output,) = outputs
-    assert output
+    same_with_any_threads(SCRIPT, warm, tmp_path, monkeypatch)
 
 
 def test_nan_and_infinity_stay_in_their_row(build):

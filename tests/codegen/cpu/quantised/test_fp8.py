@@ -31,7 +31,6 @@ IDS = [f"{t.name}-{x}" for t, x in CASES]
 # Products are exact in float32, or rounded once (scales of float32); a sum of K of them, in any
 # order, is off by at most K * 2^-24 of the sum of their magnitudes, and far less as errors cancel.
 UNIT = 2.0**-24
-SCALES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -78,7 +77,7 @@ class Product:
 def product(build, target, x, experts, n, k, *, block=0, scales="bf16", gated=False, **how):
     format = Format("fp8", block, scales=scales, row_bits=0)
     stacks = [quantise(format, torch.randn(experts, n, k) * 0.1) for _ in range(1 + gated)]
-    stacks = [Quantised(q.codes, q.scales.to(SCALES[scales]), None) for q in stacks]
+    stacks = [Quantised(q.codes, q.scales.to(TORCH[scales]), None) for q in stacks]
     return Product(build, target, x, format, stacks, **how)
 
 

@@ -17,14 +17,20 @@ from moec.codegen.cpu.routing.route import route
 from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ir.ops.routing.routing import Routing, route_logits
 from moec.target.cpu import TARGETS, CpuTarget, host
+from tests.codegen.cpu.attention.test_attention import TORCH as SHORT
 from tests.codegen.cpu.attention.test_attention import shared
 
-TORCH = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-}
+TORCH = SHORT | {"f64": torch.float64}
+DEEPSEEK_V3 = Routing(
+    8,
+    score="sigmoid",
+    renormalize=True,
+    epsilon=1e-20,
+    scale=2.5,
+    groups=8,
+    top_groups=4,
+    group_score="top2sum",
+)
 ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
     "mixtral": (Routing(2, renormalize=True), 8, None),
     "mixtral-bf16": (Routing(2, renormalize=True, dtype="bf16"), 8, None),
@@ -32,20 +38,7 @@ ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
     "gpt-oss": (Routing(4, score="none", after="softmax"), 32, None),
     "llama4": (Routing(1, score="none", after="sigmoid"), 16, None),
     "deepseek-v2": (Routing(6, groups=8, top_groups=3, scale=16.0), 160, None),
-    "deepseek-v3": (
-        Routing(
-            8,
-            score="sigmoid",
-            renormalize=True,
-            epsilon=1e-20,
-            scale=2.5,
-            groups=8,
-            top_groups=4,
-            group_score="top2sum",
-        ),
-        256,
-        "f32",
-    ),
+    "deepseek-v3": (DEEPSEEK_V3, 256, "f32"),
     "glm": (
         Routing(
             3,

@@ -15,6 +15,7 @@ from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.errors import NoMatch
 from moec.ir.ops.routing.routing import Routing, route_logits
+from tests.codegen.cpu.routing.test_route import DEEPSEEK_V3
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
     SM_80,
@@ -26,16 +27,6 @@ from tests.cuda_emulator.emulate import (
 from tests.cuda_emulator.products import TORCH, UNIT
 
 SHORT = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-DEEPSEEK_V3 = Routing(
-    8,
-    score="sigmoid",
-    renormalize=True,
-    epsilon=1e-20,
-    scale=2.5,
-    groups=8,
-    top_groups=4,
-    group_score="top2sum",
-)
 ROUTINGS: dict[str, RouteSpec] = {
     "mixtral": RouteSpec(Routing(2, renormalize=True), 8, "f32"),
     "qwen": RouteSpec(Routing(8, scale=1.5, dtype="bf16"), 60, "bf16"),
