@@ -217,8 +217,8 @@ def test_equal_kernels_of_a_module_are_one_whatever_their_numbers(
 
 def test_the_addresses_of_sizes_change_no_name() -> None:
     def filled(order: list[int]) -> tvm.tirx.PrimFunc:
-        made = [T.int64() for _ in order]
-        sizes = [made[number] for number in order]
+        allocated = [T.int64() for _ in order]
+        sizes = [allocated[number] for number in order]
         with IRBuilder() as builder, T.prim_func():
             T.func_name("fill")
             T.func_attr({"global_symbol": "fill"})
@@ -229,7 +229,7 @@ def test_the_addresses_of_sizes_change_no_name() -> None:
 
     orders = itertools.islice(itertools.permutations(range(6)), 0, 720, 90)
     kernels = {str(order): filled(list(order)) for order in orders}
-    assert len({made.script() for made in kernels.values()}) > 1
+    assert len({form.script() for form in kernels.values()}) > 1
     assert len({*contents_of(kernels).values()}) == 1
 
 
