@@ -13,16 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.capture.speculate.capacities import (
-    as_many_classes_as_places,
-    capacity_compared,
-    capacity_of_a_float,
-    capacity_of_a_script,
-    capacity_rounded_up,
-    classes_that_a_tensor_counts,
-    the_greatest_count,
-)
-from tests.capture.speculate.layer import D, E, Form, K, Layer
+from tests.capture.speculate.layer import D, E, K, Layer
 
 # ---- counts read into Python; experts without rows are skipped -------------------------
 
@@ -359,42 +350,3 @@ def a_number_by_a_mask(layer: Layer, x: Tensor) -> Tensor:
     y = layer.dense(x.reshape(-1, D)).relu()
     y[y == 0] = 1e-9
     return y.log().view_as(x)
-
-
-FORMS: dict[str, Form] = {
-    form.__name__.replace("_", " "): form
-    for form in (
-        counts_as_a_list,
-        a_count_as_a_truth,
-        a_mask_that_is_set,
-        counts_of_a_one_hot,
-        the_experts_that_were_hit,
-        unique_without_lists,
-        nonzero_counts,
-        hits_as_rows,
-        numpy_ends,
-        numpy_starts,
-        ends_on_the_tensor,
-        split_and_cat,
-        split_without_the_empty,
-        a_buffer_in_pieces,
-        a_function_of_its_own,
-        pieces_of_two_splits,
-        counts_of_sorted_ids,
-        lengths_in_a_tensor,
-        lists_of_rows,
-        a_list_that_is_empty,
-        capacity_of_a_float,
-        capacity_rounded_up,
-        capacity_of_a_script,
-        capacity_compared,
-        the_greatest_count,
-        as_many_classes_as_places,
-        classes_that_a_tensor_counts,
-        noise_of_no_size,
-        noise_scaled_from_the_left,
-        a_batch_norm,
-        a_number_by_a_mask,
-        masks_that_are_cast,
-    )
-}

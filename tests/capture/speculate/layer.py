@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,3 +40,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.form(self, x)
+
+
+def forms_of(module: ModuleType) -> dict[str, Form]:
+    """By what their names say: the functions that a file defines for others."""
+    functions = inspect.getmembers(module, inspect.isfunction)
+    forms = [f for name, f in functions if f.__module__ == module.__name__ and name[0] != "_"]
+    return {form.__name__.replace("_", " "): form for form in forms}

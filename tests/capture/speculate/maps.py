@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.capture.speculate.layer import D, E, Form, K, Layer
+from tests.capture.speculate.layer import D, E, K, Layer
 
 
 def _mapped(layer: Layer, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,16 +94,3 @@ def slots_within_a_capacity(layer: Layer, x: Tensor) -> Tensor:
         at = (ids[:, k] * capacity + positions[k])[mask]
         out[mask] += y[at] * weights[mask, k, None]
     return out.view_as(x)
-
-
-FORMS: dict[str, Form] = {
-    form.__name__.replace("_", " "): form
-    for form in (
-        rows_that_a_map_selects,
-        a_map_that_a_capacity_cuts,
-        a_map_that_is_written,
-        ids_that_are_turned,
-        values_of_a_row_mask,
-        slots_within_a_capacity,
-    )
-}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.capture.speculate.layer import D, E, Form, K, Layer
+from tests.capture.speculate.layer import D, E, K, Layer
 
 
 def _sorted(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,24 +220,3 @@ def a_buffer_of_the_total(layer: Layer, x: Tensor) -> Tensor:
     back = torch.zeros_like(out)
     back[order] = out
     return (back.view(-1, K, D) * weights[..., None]).sum(1).view(x.shape)
-
-
-FORMS: dict[str, Form] = {
-    form.__name__.replace("_", " "): form
-    for form in (
-        rows_of_the_total,
-        a_buffer_of_the_total,
-        an_end_at_a_time,
-        slices_between_tensors,
-        marks_that_are_counted,
-        padded_ends,
-        ends_written_behind_a_zero,
-        starts_as_a_difference,
-        numpy_counts_of_a_histogram,
-        cut_at_ends,
-        selects_of_copies,
-        two_products_on_sorted_rows,
-        rows_padded_by_none,
-        chunks_in_an_order,
-    )
-}

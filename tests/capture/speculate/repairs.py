@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.capture.speculate.layer import D, Form, Layer
+from tests.capture.speculate.layer import D, Layer
 
 
 def scores_made_finite(layer: Layer, x: Tensor) -> Tensor:
@@ -25,6 +25,3 @@ def scores_made_finite(layer: Layer, x: Tensor) -> Tensor:
         rows = torch.where(ids == e)[0]
         out[rows] = expert(flat[rows]) * weights[rows, None]
     return out.view_as(x)
-
-
-FORMS: dict[str, Form] = {"scores made finite": scores_made_finite}

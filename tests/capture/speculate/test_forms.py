@@ -13,11 +13,8 @@ from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import CaptureError
 from moec.ir.interpret.evaluate import evaluate
-from tests.capture.speculate.forms import FORMS
-from tests.capture.speculate.layer import D, E, Form, Layer
-from tests.capture.speculate.maps import FORMS as MAPS
-from tests.capture.speculate.offsets import FORMS as OFFSETS
-from tests.capture.speculate.repairs import FORMS as REPAIRS
+from tests.capture.speculate import capacities, forms, maps, offsets, repairs
+from tests.capture.speculate.layer import D, E, Form, Layer, forms_of
 
 SIZES = ((2, 6), (1, 1), (3, 5), (1, 9), (4, 20))
 
@@ -26,7 +23,8 @@ def inputs(size: tuple[int, int], seed: int = 1) -> torch.Tensor:
     return torch.randn(*size, D, generator=torch.Generator().manual_seed(seed))
 
 
-EVERY_FORM = {**FORMS, **OFFSETS, **REPAIRS, **MAPS}
+FILES = (forms, capacities, offsets, repairs, maps)
+EVERY_FORM = {name: form for file in FILES for name, form in forms_of(file).items()}
 
 
 @pytest.mark.parametrize("form", EVERY_FORM.values(), ids=EVERY_FORM)
@@ -65,7 +63,7 @@ RECOGNISED = (
     ],
 )
 def test_pieces_of_sorted_rows_are_a_block(name: str) -> None:
-    layer = Layer(OFFSETS[name]).eval()
+    layer = Layer(EVERY_FORM[name]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     assert compiled.captured.way == "speculated"
     assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
@@ -76,7 +74,7 @@ def test_products_on_sorted_rows_are_a_block() -> None:
     keeps the layer from being observed."""
 
     def with_cosine(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y = OFFSETS["two products on sorted rows"](layer, x)
+        y = EVERY_FORM["two products on sorted rows"](layer, x)
         return y, y.cos()
 
     compiled = moec.compile(Layer(with_cosine).eval(), (inputs((2, 6)),), build=False)
@@ -87,7 +85,7 @@ def test_products_on_sorted_rows_are_a_block() -> None:
 @pytest.mark.parametrize("name", ["a map that a capacity cuts", "slots within a capacity"])
 def test_rows_within_a_capacity_have_kernels(name: str) -> None:
     """Tokens that are all alike are beyond every capacity."""
-    layer = Layer(MAPS[name]).eval()
+    layer = Layer(EVERY_FORM[name]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     program = compiled.pass_results[-1].program
     assert supported(program.graph, backend_for(compiled.target))
@@ -99,7 +97,7 @@ def test_rows_within_a_capacity_have_kernels(name: str) -> None:
 
 
 def test_rows_of_a_map_are_a_block() -> None:
-    layer = Layer(MAPS["rows that a map selects"]).eval()
+    layer = Layer(EVERY_FORM["rows that a map selects"]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
 
@@ -145,7 +143,7 @@ def test_a_form_is_compiled_with_its_block(name: str) -> None:
 
 def test_the_other_form_masks_rows() -> None:
     """None of its sizes depends on data, and its notes list the assumptions and their cost."""
-    layer = Layer(FORMS["capacity compared"]).eval()
+    layer = Layer(capacities.capacity_compared).eval()
     captured = capture(layer, (inputs((2, 6)),))
     assert captured.other is not None
     form = captured.other()

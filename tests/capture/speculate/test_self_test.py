@@ -10,7 +10,7 @@ import torch
 from moec.capture import capture
 from moec.capture.speculate import search
 from moec.errors import CaptureError
-from tests.capture.speculate.forms import FORMS
+from tests.capture.speculate.forms import counts_as_a_list
 from tests.capture.speculate.layer import D, Layer
 
 UNKNOWN = r"moec does not know torch .* \(.*\): modules that read data into Python"
@@ -31,7 +31,7 @@ def test_what_users_read_about_an_unknown_torch(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_torch_is_named_and_the_first_reason_stands() -> None:
-    layer = Layer(FORMS["counts as a list"]).eval()
+    layer = Layer(counts_as_a_list).eval()
     search.hooks_fit.cache_clear()
     with (
         mock.patch.object(search, "trace", side_effect=AttributeError("evaluate_expr")),
