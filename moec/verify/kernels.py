@@ -325,16 +325,17 @@ def _check_part(
         rows = _owned_rows(parts, value, call)
         part_of = ... if rows is None else slice(rows)
         actual = parts.shaped(value, call.results[value.name], sizes)[part_of]
-        codes = _CODES.get(end.name, 0.0)
-        bound = Bound(parts.dtypes[value.name], parts.inner[value], codes)
+        bound = Bound(parts.dtypes[value.name], parts.inner[value], _CODES.get(end.name, 0.0))
         if end.name == "moe.sort" and number == 1:  # a choice of no expert has any slot after them
             last = call.read_after(end.outputs[2].name)[-1]
             actual = torch.where((exact[1] >= last) & (actual >= last), exact[1], actual)
         right, noisy = exact[number][part_of], drawn[number][part_of]
         errors = bound.errors(actual, right, noisy)
-        if parts.is_low and bool(errors.isinf().any()):
+        integers = not (actual.is_floating_point() or actual.is_complex())
+        if parts.is_low and bool((errors.isinf() | integers & (errors > 1)).any()):
             low = parts.run_as_is(part, {**weights, **operands}, sizes)[number][part_of]
-            right = torch.where(actual.isfinite() | low.isfinite(), right, low.to(right.dtype))
+            same = ~(actual.isfinite() | low.isfinite()) | integers & (actual == low)
+            right = torch.where(same, low.to(right.dtype), right)
             errors = bound.errors(actual, right, noisy)
         jumps = errors > 1  # such as a comparison of nearly equal values
         while bool((errors > 1).any()) and (seed := next(seeds, None)) is not None:
@@ -437,10 +438,8 @@ def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | 
 
 
 def _words(errors: torch.Tensor, actual: torch.Tensor, exact: torch.Tensor) -> str:
-    worst = int(errors.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), errors.shape))
-    wrong = int((errors > 1).sum())
-    index = index[: actual.ndim]
+    worst, wrong = errors.argmax(), int((errors > 1).sum())
+    index = tuple(int(i) for i in torch.unravel_index(worst, errors.shape))[: actual.ndim]
     return (
         f"{wrong} of {errors.numel()} elements; at {list(index)} it is {actual[index].item():.6g}, "
         f"and the op gives {exact[index].item():.6g}"

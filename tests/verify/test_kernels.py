@@ -59,3 +59,29 @@ def test_a_long_sum_may_be_off_by_its_roundings(off: float, is_right: bool) -> N
     call = KernelRecord("main", {"x": x}, {"x": x.shape}, True, {"y": y}, {}, {"y": "k"})
     checked = check_kernels(ProgramParts(Program(parse(text), {"w": w}), frozenset({"y"})), [call])
     assert (checked.wrong is None) == is_right
+
+
+ROUTE = """graph main(logits: f16[5, 4]) {{
+  w: f16[5, 2], i: i64[5, 2] = moe.route(logits) <k=2, dtype="{0}", score_dtype="{0}">
+  return w, i
+}}"""
+
+
+@pytest.mark.parametrize("row", [0, 4])
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "is_right"),
+    [("f16", 0, True), ("f16", 2, True), ("f16", 1, False), ("f16", -1, False), ("f32", 0, False)],
+)
+def test_of_scores_that_are_all_0_the_first_is_chosen(
+    dtype: str, chosen: int, is_right: bool, row: int
+) -> None:
+    """Scores of 1e-19 beside one of 1 are 0 in f16; other rows have no ties."""
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).half()
+    logits[row] = torch.tensor([-18.8, -9.6, 0.84, 44.2])
+    weights, ids = logits.float().softmax(-1).topk(2)
+    ids[row, 1] = chosen
+    results, graph = {"w": weights.half(), "i": ids}, parse(ROUTE.format(dtype))
+    kernels, shapes = dict.fromkeys(results, "route"), {"logits": logits.shape}
+    call = KernelRecord("main", {"logits": logits}, shapes, True, results, {}, kernels)
+    checked = check_kernels(ProgramParts(Program(graph, {}), frozenset(results)), [call])
+    assert (checked.wrong is None) == is_right
