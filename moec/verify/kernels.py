@@ -11,7 +11,7 @@ is 0 there, and 0 / 0 is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from moec.ir.graph import DType, Graph, Op, Program, Value
 from moec.ir.interpret.evaluate import run_op
 from moec.ir.interpret.run_in_float32 import InFloat32, wide
 from moec.ir.interpret.stable_topk import CHOOSING, FirstOfEquals
-from moec.ir.opdef import inputs_of
+from moec.ir.opdef import inputs_of, integer
 from moec.ir.ops.experts.quantised_linear import QUANTISED_OPS
 from moec.ir.sizes.dims import bind_shape, evaluate_dim
 from moec.ir.upcast import widen
@@ -43,6 +43,7 @@ _UNSORTING = ("moe.", "aten.index_put", "aten.index_add", "aten.scatter")
 _CODES = dict.fromkeys(QUANTISED_OPS, 2.0**-12) | {"grouped.compressed": 2.0**-17}
 """The size of what a row's element does that rounds to another code, of 8 bits or of 16."""
 _PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "grouped.", "nn.")
+_RANKING = ("moe.gate", "moe.route", "aten.topk.default", "aten.sort.default")
 _NORMS = ("nn.rms_norm", "nn.add_norm", "nn.layer_norm")
 """Ops that may round once before the last time."""
 
@@ -99,7 +100,7 @@ def check_kernels(
             for number, call in enumerate(calls)
         ]
     checked = NOTHING
-    for op in parts.ends():
+    for op in parts.graph.ops:
         names = {value.name for value in op.outputs}
         chosen = [n for n, values in enumerate(compared) if not values.isdisjoint(names)]
         part = parts.before(op) if chosen else ()
@@ -189,12 +190,6 @@ class ProgramParts:
                 alike = [v for v in op.outputs if rows and v.shape[:1] == rows[0].shape[:1]]
                 ends |= dict.fromkeys(alike, ends[rows[0]]) if alike else {}
         return ends
-
-    def ends(self) -> Iterator[Op]:
-        """The ops whose results are recorded."""
-        for op in self.graph.ops:
-            if any(value.name in self.recorded for value in op.outputs):
-                yield op
 
     def before(self, end: Op) -> tuple[Op, ...]:
         """The ops that lead from recorded values, inputs and weights to `end`, itself last."""
@@ -348,6 +343,11 @@ def _check_part(
             errors[at] = torch.minimum(before, torch.where(before.isinf(), before, other))
         error = float(errors.max()) if errors.numel() else 0.0
         why = _words(errors, actual, right) if error > 1 else ""
+        if not why and integers and end.name in _RANKING and actual.ndim:
+            dim = integer(end, "dim") if "dim" in end.attrs else -1
+            pair = (actual, exact[number][part_of])
+            twice, by_meaning = ((t.sort(dim)[0].diff(dim=dim) == 0).any(dim) for t in pair)
+            why = "a row has one of its choices twice" if bool((twice & ~by_meaning).any()) else ""
         if not why and actual.is_floating_point():
             actual = torch.where(jumps, right.to(actual.dtype), actual)
             for of_expert in groups:

@@ -62,26 +62,25 @@ def test_a_long_sum_may_be_off_by_its_roundings(off: float, is_right: bool) -> N
 
 
 ROUTE = """graph main(logits: f16[5, 4]) {{
-  w: f16[5, 2], i: i64[5, 2] = moe.route(logits) <k=2, dtype="{0}", score_dtype="{0}">
+  w: f16[5, 2], i: i64[5, 2] = moe.route(logits) <k=2, score="{0}", dtype="{1}", score_dtype="{1}">
   return w, i
 }}"""
+SECOND = {"softmax": {"f16": (0, 2), "f32": (2,)}, "sigmoid": {"f16": (0, 1, 2)}}
 
 
 @pytest.mark.parametrize("row", [0, 4])
-@pytest.mark.parametrize(
-    ("dtype", "chosen", "is_right"),
-    [("f16", 0, True), ("f16", 2, True), ("f16", 1, False), ("f16", -1, False), ("f32", 0, False)],
-)
-def test_of_scores_that_are_all_0_the_first_is_chosen(
-    dtype: str, chosen: int, is_right: bool, row: int
-) -> None:
-    """Scores of 1e-19 beside one of 1 are 0 in f16; other rows have no ties."""
+@pytest.mark.parametrize("second", range(-1, 4))
+@pytest.mark.parametrize(("score", "dtype"), [(s, d) for s in SECOND for d in SECOND[s]])
+def test_of_scores_that_are_equal_in_16_bits(score: str, dtype: str, second: int, row: int) -> None:
+    """Scores of 1e-14 beside one of 1 are 0 in f16, of which the first is chosen, and sigmoids of
+    12 and more are 1; other rows have no ties. None is chosen twice."""
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).half()
-    logits[row] = torch.tensor([-18.8, -9.6, 0.84, 44.2])
-    weights, ids = logits.float().softmax(-1).topk(2)
-    ids[row, 1] = chosen
-    results, graph = {"w": weights.half(), "i": ids}, parse(ROUTE.format(dtype))
+    logits[row] = torch.tensor([12.0, 13.0, 14.0, 44.0])
+    scores = logits.float().softmax(-1) if score == "softmax" else logits.float().sigmoid()
+    weights, ids = scores.topk(2)
+    ids[row, 0], ids[row, 1] = 3, second
+    results, graph = {"w": weights.half(), "i": ids}, parse(ROUTE.format(score, dtype))
     kernels, shapes = dict.fromkeys(results, "route"), {"logits": logits.shape}
     call = KernelRecord("main", {"logits": logits}, shapes, True, results, {}, kernels)
     checked = check_kernels(ProgramParts(Program(graph, {}), frozenset(results)), [call])
-    assert (checked.wrong is None) == is_right
+    assert (checked.wrong is None) == (second in SECOND[score][dtype])
